@@ -1,0 +1,1 @@
+"""Work times hardware gives seconds and bytes."""

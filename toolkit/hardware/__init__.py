@@ -1,0 +1,1 @@
+"""Devices, links, clusters and shares of them."""

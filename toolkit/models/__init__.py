@@ -1,0 +1,1 @@
+"""The model zoo and where weights come from."""

@@ -1,0 +1,1 @@
+"""SuperScaler: plan how a model is trained over many devices."""

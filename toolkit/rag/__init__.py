@@ -1,0 +1,1 @@
+"""TeleRAG: retrieval that fetches ahead while the model is still generating."""
