@@ -56,7 +56,7 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> UsageError:
     """Return the error for a `name` that is none of the `known` ones, nearest matches first.
 
     >>> str(unknown_name("device", "h10", ["h100", "h200", "l4"]))
-    "unknown device 'h10'; did you mean 'h100' or 'h200'?"
+    "unknown device 'h10'; did you mean 'h100'?"
     """
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
