@@ -1,0 +1,38 @@
+"""Initial weights that depend on a seed and a parameter's name alone, so any part can be made."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+_STD = 0.02  # GPT-2 and BERT; one rule for the whole zoo
+
+
+def initialise(module: nn.Module, *, seed: int = 0, prefix: str = "") -> nn.Module:
+    """Fill the parameters of a zoo module in place and return it.
+
+    Matrices are drawn from N(0, 0.02), norms are one, biases zero. Each parameter has a generator
+    of its own, seeded by `seed` and its qualified name, so that a pipeline stage holding a few
+    blocks gets exactly the weights the whole model would have: pass the stage's `prefix`.
+    """
+    done: set[int] = set()
+    with torch.no_grad():
+        for owner, part in module.named_modules():
+            is_norm = isinstance(part, nn.LayerNorm | nn.RMSNorm)
+            for name, parameter in part.named_parameters(recurse=False):
+                if id(parameter) in done or parameter.is_meta:
+                    continue
+                done.add(id(parameter))
+                if name == "bias":
+                    parameter.zero_()
+                elif is_norm:
+                    parameter.fill_(1.0)
+                else:
+                    path = ".".join(piece for piece in (prefix, owner, name) if piece)
+                    mark = hashlib.sha256(f"{seed}/{path}".encode()).digest()
+                    generator = torch.Generator(parameter.device)
+                    generator.manual_seed(int.from_bytes(mark[:7], "big"))
+                    parameter.normal_(0.0, _STD, generator=generator)
+    return module
