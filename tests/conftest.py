@@ -1,0 +1,36 @@
+"""What every test may ask for: real weights, fetched once into the model cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before torch is imported anywhere: with more threads than cores it collapses, and a sum split
+# over another number of threads is another sum.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from toolkit.errors import ToolkitError
+
+
+def _weights(name: str) -> Path:
+    from toolkit.models import weights
+
+    try:
+        return weights.get(name)
+    except ToolkitError as error:
+        pytest.skip(f"{name} is not cached and cannot be fetched: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct."""
+    return _weights("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """The Hugging Face folder of all-MiniLM-L6-v2."""
+    return _weights("minilm-l6")
