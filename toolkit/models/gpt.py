@@ -145,21 +145,19 @@ def inputs(
     return ((ids_BT[:, :-1], ids_BT[:, 1:]) if targets else (ids_BT[:, :-1],)), {}
 
 
-_GPT3 = "GPT-3 paper (arXiv 2005.14165), table 2.1"
-_LADDER = "SuperScaler's GPT-3 ladder (arXiv 2301.08984)"
+_GPT3 = "arXiv 2005.14165, table 2.1"
+_EXAMPLE = "GPT example of microsoft/nnscaler"
 
 # GPT-3 XL is printed there with 24 heads of 128, which is not its width of 2048: 16 of 128 are
 # meant. Its vocabulary and tied embedding are GPT-2's (section 2.1 of the same paper).
 CONFIGS: Mapping[str, Config] = {
-    "gpt-tiny": Config(4, 128, 4, 256, 256, False, "this project: bytes, for tests and the demo"),
-    "gpt-mini": Config(6, 384, 6, 256, 1024, False, "this project: bytes, trains on a laptop"),
-    "gpt2": Config(12, 768, 12, 50257, 1024, True, "openai-community/gpt2 config.json"),
-    "gpt2-xl": Config(48, 1600, 25, 50257, 1024, True, "openai-community/gpt2-xl config.json"),
-    "gpt3-1.3b": Config(24, 2048, 16, 50257, 2048, True, f"{_GPT3}, GPT-3 XL"),
-    "gpt3-2.7b": Config(32, 2560, 32, 50257, 2048, True, f"{_GPT3}, GPT-3 2.7B"),
-    "gpt3-6.7b": Config(32, 4096, 32, 50257, 2048, True, f"{_GPT3}, GPT-3 6.7B"),
-    "gpt3-15b": Config(
-        48, 5120, 40, 50257, 2048, True, f"{_LADDER}: 15 B; shape by its count, not printed there"
-    ),
-    "gpt3-175b": Config(96, 12288, 96, 50257, 2048, True, f"{_GPT3}, GPT-3 175B"),
+    "gpt-tiny": Config(4, 128, 4, 256, 256, False, "ours: bytes, for tests and the demo"),
+    "gpt-mini": Config(6, 384, 6, 256, 1024, False, "ours: bytes, trains on a laptop"),
+    "gpt2": Config(12, 768, 12, 50257, 1024, True, "gpt2 config.json"),
+    "gpt2-xl": Config(48, 1600, 25, 50257, 1024, True, "gpt2-xl config.json"),
+    "gpt3-1.3b": Config(24, 2048, 16, 50257, 2048, True, _GPT3),
+    "gpt3-2.7b": Config(32, 2560, 32, 50257, 2048, True, _GPT3),
+    "gpt3-6.7b": Config(32, 4096, 32, 50257, 2048, True, _GPT3),
+    "gpt3-15b": Config(48, 5120, 32, 51200, 2048, True, _EXAMPLE),
+    "gpt3-175b": Config(96, 12288, 96, 50257, 2048, True, _GPT3),
 }

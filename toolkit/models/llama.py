@@ -169,26 +169,26 @@ def inputs(
 
 CONFIGS: Mapping[str, Config] = {
     "llama-tiny": Config(
-        4, 128, 4, 2, 32, 384, 512, 512, 10_000.0, "this project: for tests"
+        4, 128, 4, 2, 32, 384, 512, 512, 10_000.0, "ours: for tests"
     ),
-    "smollm2-135m-shape": Config(
+    "smollm2-135m": Config(
         30, 576, 9, 3, 64, 1536, 49_152, 8192, 100_000.0,
-        "HuggingFaceTB/SmolLM2-135M-Instruct config.json", tied_embedding=True,
+        "SmolLM2-135M config.json", tied_embedding=True,
     ),
     "llama3-8b": Config(
         32, 4096, 32, 8, 128, 14_336, 128_256, 8192, 500_000.0,
-        "Llama 3 (arXiv 2407.21783), table 3; vocabulary of meta-llama/Meta-Llama-3-8B",
+        "arXiv 2407.21783, table 3; config.json",
     ),
     "llama3-70b": Config(
         80, 8192, 64, 8, 128, 28_672, 128_256, 8192, 500_000.0,
-        "Llama 3 (arXiv 2407.21783), table 3; vocabulary of meta-llama/Meta-Llama-3-70B",
+        "arXiv 2407.21783, table 3; config.json",
     ),
     "qwen2.5-3b": Config(
         36, 2048, 16, 2, 128, 11_008, 151_936, 32_768, 1_000_000.0,
-        "Qwen/Qwen2.5-3B config.json", norm_eps=1e-6, qkv_bias=True, tied_embedding=True,
+        "Qwen2.5-3B config.json", norm_eps=1e-6, qkv_bias=True, tied_embedding=True,
     ),
     "qwen2.5-14b": Config(
         48, 5120, 40, 8, 128, 13_824, 152_064, 131_072, 1_000_000.0,
-        "Qwen/Qwen2.5-14B config.json", norm_eps=1e-5, qkv_bias=True,
+        "Qwen2.5-14B config.json", norm_eps=1e-5, qkv_bias=True,
     ),
 }  # fmt: skip

