@@ -1,0 +1,275 @@
+"""torch.export with dynamic shapes: which input dims are sizes, and what to do when export balks."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import io as streams
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from toolkit import log
+from toolkit.errors import ToolkitError, UsageError, unknown_name
+
+_log = log.get_logger(__name__)
+
+# size -> input (dotted path for a nested one) -> the dim of that input which has this size
+Axes = Mapping[str, Mapping[str, int]]
+Example = Callable[..., tuple[Sequence[Any], Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What torch.export made of a module, and which of its inputs' dims are named sizes."""
+
+    program: torch.export.ExportedProgram
+    inputs: tuple[str, ...]  # the name of every leaf of the call, in order
+    sizes: Mapping[str, int]  # as traced
+    axes: Axes
+    fixed: Mapping[str, str]  # size -> why it does not vary
+
+
+def capture(
+    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], axes: Axes | None
+) -> Captured:
+    """Export `module` with every dim named in `axes` (None: guessed) left free to vary."""
+    leaves = _leaves(module, args, kwargs)
+    axes = guess_axes(leaves) if axes is None else axes
+    sizes = _sizes(leaves, axes)
+    fixed = {
+        name: "it was 1 in the traced example, and torch.export fixes a size of 1"
+        for name, value in sizes.items()
+        if value == 1
+    }
+    varying = {name: dims for name, dims in axes.items() if name not in fixed}
+    try:
+        program = _export(module, args, kwargs, varying)
+    except _Specialised as error:
+        fixed |= dict.fromkeys(varying, str(error))
+        program = _export(module, args, kwargs, {})
+    names = tuple(name for name, _ in leaf_names(module, args, kwargs))
+    return Captured(program, names, sizes, axes, fixed)
+
+
+def guess_axes(leaves: Mapping[str, torch.Tensor]) -> Axes:
+    """Guess which dims are sizes: dim 0 of every input is `batch`; dim 1 of ids is `tokens`.
+
+    A guess is only made where it is unanimous. Ids are integer tensors of two or more dims.
+
+    >>> guess_axes({"input_ids": torch.zeros(2, 8, dtype=torch.long)})
+    {'batch': {'input_ids': 0}, 'tokens': {'input_ids': 1}}
+    """
+    found: dict[str, dict[str, int]] = {}
+    tensors = {name: leaf for name, leaf in leaves.items() if leaf.dim() > 0}
+    if tensors and len({leaf.shape[0] for leaf in tensors.values()}) == 1:
+        found["batch"] = dict.fromkeys(tensors, 0)
+    ids = {n: t for n, t in tensors.items() if t.dim() >= 2 and not t.is_floating_point()}
+    if ids and len({leaf.shape[1] for leaf in ids.values()}) == 1:
+        found["tokens"] = dict.fromkeys(ids, 1)
+    return found
+
+
+def example_axes(module: torch.nn.Module, example: Example, sizes: Mapping[str, int]) -> Axes:
+    """Find which input dims are sizes by asking `example` for inputs of another size.
+
+    A dim belongs to the one size that changes it, and must change to exactly that size.
+    """
+    base = _leaves(module, *example(**sizes))
+    found: dict[str, dict[str, int]] = {}
+    for size, value in sizes.items():
+        # Some sizes go in steps (an image of whole patches) or are at their largest already.
+        for other in (value + 1, value - 1, 2 * value, value // 2):
+            if other < 1:
+                continue
+            try:
+                changed = _leaves(module, *example(**{**sizes, size: other}))
+            except ToolkitError as error:
+                _log.info("%s does not become %d: %s", size, other, error)
+                continue
+            found[size] = {
+                name: dim
+                for name, leaf in base.items()
+                if name in changed and changed[name].dim() == leaf.dim()
+                for dim, shapes in enumerate(zip(leaf.shape, changed[name].shape, strict=True))
+                if shapes == (value, other)
+            }
+            break
+    return {size: dims for size, dims in found.items() if dims}
+
+
+def leaf_names(
+    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[tuple[str, Any]]:
+    """Every leaf of a call's arguments with its name: the parameter's, dotted when nested."""
+    signature = inspect.signature(module.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise UsageError(
+            f"{type(module).__name__}.forward cannot be called with these inputs: {error}"
+        ) from error
+    positional = [
+        parameter.name
+        for parameter in signature.parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    flat, _ = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
+    named = []
+    for path, leaf in flat:
+        keys = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path[1:]]
+        if path[0].idx == 0:
+            index = int(keys[0])
+            keys[0] = positional[index] if index < len(positional) else f"args.{index}"
+        named.append((".".join(keys), leaf))
+    return named
+
+
+def _leaves(
+    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    named = leaf_names(module, args, kwargs)
+    return {name: leaf for name, leaf in named if isinstance(leaf, torch.Tensor)}
+
+
+def _sizes(leaves: Mapping[str, torch.Tensor], axes: Axes) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for size, dims in axes.items():
+        if not size.isidentifier():
+            raise UsageError(f"{size!r} is not a name a size can have")
+        seen = set()
+        for name, dim in dims.items():
+            if name not in leaves:
+                raise unknown_name("model input", name, leaves)
+            if dim >= leaves[name].dim():
+                raise UsageError(f"input {name!r} has {leaves[name].dim()} dims, no dim {dim}")
+            seen.add(leaves[name].shape[dim])
+        if len(seen) > 1:
+            raise UsageError(f"the inputs disagree about {size}: {sorted(seen)}")
+        sizes[size] = seen.pop()
+    return sizes
+
+
+class _Specialised(Exception):
+    """torch.export could not keep a size free."""
+
+
+def _export(
+    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], axes: Axes
+) -> torch.export.ExportedProgram:
+    dynamic = _dynamic_shapes(module, args, kwargs, axes) if axes else None
+    try:
+        with _quiet(), _tensors_out(module):
+            return torch.export.export(
+                module, tuple(args), dict(kwargs), strict=False, dynamic_shapes=dynamic
+            )
+    except Exception as error:  # torch.export raises many kinds; each is told to the user below
+        first = _first_line(error)
+        if not _on_meta(module):
+            if axes:
+                raise _Specialised(f"torch.export: {first}") from error
+            raise _failure(module, error) from error
+        _log.info("export on meta failed (%s); trying again on a fake CPU", first)
+    try:
+        with _quiet():
+            return _export_on_fake_cpu(module, args, kwargs, dynamic)
+    except Exception as error:
+        if axes:
+            raise _Specialised(f"torch.export: {_first_line(error)}") from error
+        raise _failure(module, error) from error
+
+
+def _export_on_fake_cpu(
+    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic: Any
+) -> torch.export.ExportedProgram:
+    """Export with the weights on a CPU that has shapes and no memory.
+
+    Some models ask a tensor's device for what "meta" does not answer (autocast, for one).
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    # Weights on meta weigh nothing, so this copies structure only.
+    moved = copy.deepcopy(module)
+    with mode:
+        moved = moved.to_empty(device="cpu")
+
+        def fake(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            return torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
+
+        args, kwargs = pytree.tree_map(fake, (tuple(args), dict(kwargs)))
+    with _tensors_out(moved):
+        return torch.export.export(moved, args, kwargs, strict=False, dynamic_shapes=dynamic)
+
+
+@contextlib.contextmanager
+def _tensors_out(module: torch.nn.Module) -> Iterator[None]:
+    """Let `module` return its tensors only: export refuses caches and other objects."""
+
+    def keep(_module: torch.nn.Module, _args: Any, output: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(x for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor))
+
+    hook = module.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _dynamic_shapes(
+    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], axes: Axes
+) -> Any:
+    free: dict[str, dict[int, Any]] = {}
+    for dims in axes.values():
+        for name, dim in dims.items():
+            free.setdefault(name, {})[dim] = torch.export.Dim.AUTO
+
+    named = leaf_names(module, args, kwargs)
+    shapes = [free.get(name) if isinstance(leaf, torch.Tensor) else None for name, leaf in named]
+    _, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    of_args, of_kwargs = pytree.tree_unflatten(shapes, spec)
+    # Export wants one mapping by parameter name, in the order of the call.
+    bound = inspect.signature(module.forward).bind(*of_args, **of_kwargs)
+    return dict(bound.arguments)
+
+
+def _on_meta(module: torch.nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in module.parameters())
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _failure(module: torch.nn.Module, error: BaseException) -> ToolkitError:
+    return ToolkitError(
+        f"torch.export cannot trace {type(module).__name__}: {_first_line(error)}",
+        remedy="the model must be one torch.export(strict=False) takes; docs/concepts/graph.md "
+        "says what that excludes",
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep export's own chatter out of the user's terminal; what matters is raised."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._export")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(streams.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,446 @@
+"""trace: an nn.Module, unmodified, becomes an OpGraph through torch.export on meta weights.
+
+What is kept of each operator: its target, arguments by name, the module it runs in, the source
+line. What is left out: sizes computed on the side (they become expressions), and assertions.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+import torch
+from torch.export.graph_signature import InputKind
+
+from toolkit import log
+from toolkit.errors import ToolkitError
+from toolkit.ir import capture, formulas, storage
+from toolkit.ir.capture import Axes, Captured
+from toolkit.ir.graph import Argument, Constant, Op, OpGraph, Ref, Tensor
+from toolkit.ir.scale import Evaluator, Scaling, Size
+from toolkit.ir.symbols import Symbols
+
+_log = log.get_logger(__name__)
+
+# Checks and bookkeeping that compute nothing a model uses.
+_CHECKS = frozenset({
+    "aten._assert_async.msg", "aten._assert_scalar.default", "aten._assert_tensor_metadata.default",
+    "aten.sym_constrain_range.default", "aten.sym_constrain_range_for_size.default",
+})  # fmt: skip
+_ROLES: dict[InputKind, Any] = {
+    InputKind.PARAMETER: "parameter",
+    InputKind.BUFFER: "buffer",
+    InputKind.CONSTANT_TENSOR: "constant",
+    InputKind.USER_INPUT: "input",
+}
+# Their `size` argument may hold -1; the shape that came out is put in its place.
+_SHAPE_ARGUMENT = {
+    "aten.view": "size", "aten.reshape": "shape", "aten.expand": "size", "aten._unsafe_view": "size",
+}  # fmt: skip
+_NOT_DIFFERENTIABLE = frozenset({"aten.detach", "aten.sign", "aten.empty_like", "aten.zeros_like",
+                                 "aten.ones_like", "aten.rand_like", "aten.randn_like",
+                                 "aten.full_like", "aten.new_zeros", "aten.new_ones",
+                                 "aten.new_full", "aten.new_empty", "aten.histc"})  # fmt: skip
+
+
+def trace(
+    module: torch.nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    name: str,
+    axes: Axes | None = None,
+) -> OpGraph:
+    """Trace `module(*args, **kwargs)` into an OpGraph; nothing is computed.
+
+    Weights may be on "meta", so a model of any size traces on any machine. `axes` says which input
+    dims are sizes the graph can later be evaluated at: `{"batch": {"input_ids": 0}, ...}`; None
+    guesses (see capture.guess_axes), `{}` fixes everything. The module is traced as it is:
+    `module.train()` keeps dropout, `module.eval()` does not. Raises ToolkitError when torch.export
+    cannot trace the model, and when an operator has no formula (none is ever taken as free).
+    """
+    captured = capture.capture(module, args, kwargs or {}, axes)
+    graph = _Builder(module, captured, name).graph()
+    formulas.check(graph)
+    return graph
+
+
+def trace_model(
+    model: Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+    training: bool = True,
+    targets: bool = True,
+    **sizes: int,
+) -> OpGraph:
+    """Trace a `toolkit.models.Model` on meta, at `sizes` (its defaults for those not given).
+
+    With `targets` the graph ends in the training loss where the model has one, else in its
+    outputs. The sizes named in `model.sizes` are what `graph.at` can vary, where export allows.
+    """
+    wanted = {**model.sizes, **sizes}
+    # Export fixes a size of 1: trace at 2 and evaluate at 1.
+    traced = {size: max(value, 2) for size, value in wanted.items()}
+    module = model.build(device="meta", dtype=dtype)
+    module.train(training)
+
+    def example(**other: int) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        return model.example(**other, device="meta", dtype=dtype, targets=targets)
+
+    axes = capture.example_axes(module, example, traced)
+    args, kwargs = example(**traced)
+    graph = trace(module, args, kwargs, name=model.name, axes=axes)
+    ones = {size: 1 for size, value in wanted.items() if value == 1 and size in graph.sizes}
+    return graph.at(**ones) if ones else graph
+
+
+@dataclass
+class _Builder:
+    """Walks the exported fx graph once, in order, and collects tensors and operators."""
+
+    module: torch.nn.Module
+    captured: Captured
+    name: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    ops: list[Op] = field(default_factory=list)
+    shapes: dict[str, tuple[int | Size, ...]] = field(default_factory=dict)
+    arguments: dict[str, dict[str, Argument]] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    values: dict[torch.fx.Node, Any] = field(default_factory=dict)  # node -> tensor name(s), scalar
+
+    def graph(self) -> OpGraph:
+        fixed = dict(self.captured.fixed)
+        self.symbols, bounds = _symbols(self.captured, fixed)
+        sizes = dict(self.captured.sizes)
+        self.now = Evaluator(sizes)
+        self.own, self.tied = _own_names(self.module)
+        inputs = tuple(self._placeholders())
+        outputs = self._body(self.captured.program.graph_module, grad_enabled=True)
+        shapes = {name: shape for name, shape in self.shapes.items() if _varies(shape)}
+        if "tokens" in bounds and "context" not in sizes:
+            # A whole sequence attends to itself: as many keys as queries.
+            bounds["context"] = bounds["tokens"]
+        return OpGraph(
+            name=self.name,
+            ops=tuple(self.ops),
+            tensors=self.tensors,
+            inputs=inputs,
+            outputs=tuple(dict.fromkeys(outputs)),
+            modules=self.modules,
+            training=self.module.training,
+            sizes=sizes,
+            tied=self.tied,
+            scaling=Scaling(bounds, shapes, self.arguments) if bounds else None,
+            fixed=fixed,
+        )
+
+    def _placeholders(self) -> Iterator[str]:
+        program = self.captured.program
+        specs = program.graph_signature.input_specs
+        nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
+        requires_grad = {name for name, p in self.module.named_parameters() if p.requires_grad}
+        given = iter(self.captured.inputs)
+        for node, spec in zip(nodes, specs, strict=True):
+            value = node.meta.get("val")
+            asked = next(given) if spec.kind == InputKind.USER_INPUT else ""
+            if not isinstance(value, torch.Tensor):
+                self.values[node] = value
+                continue
+            if spec.kind not in _ROLES:
+                raise ToolkitError(f"{self.name}: input {node.name} is a {spec.kind.name}")
+            role = _ROLES[spec.kind]
+            fqn = self.own.get(spec.target, spec.target) if role != "input" else None
+            name = fqn or asked
+            self.values[node] = name
+            if name not in self.tensors:
+                grad = name in requires_grad if role == "parameter" else value.requires_grad
+                self._tensor(name, value, role=role, fqn=fqn, requires_grad=grad, storage=name)
+            if role == "input":
+                yield name
+
+    def _tensor(self, name: str, value: torch.Tensor, **fields: Any) -> None:
+        symbolic = tuple(self.symbols(size) for size in value.shape)
+        self.shapes[name] = symbolic
+        dtype = str(value.dtype).removeprefix("torch.")
+        self.tensors[name] = Tensor(name, self.now(symbolic), dtype, **fields)
+
+    def _body(self, body: torch.fx.GraphModule, *, grad_enabled: bool) -> list[str]:
+        """Walk one (sub)graph whose placeholders have values; return its output tensors."""
+        self.last_use = {user: index for index, user in enumerate(body.graph.nodes)}
+        for node in body.graph.nodes:
+            if node.op == "call_function":
+                self._call(body, node, grad_enabled)
+            elif node.op == "output":
+                return list(self._outputs(node.args[0]))
+        raise AssertionError("an fx graph ends with an output")
+
+    def _outputs(self, argument: Any) -> Iterator[str]:
+        if isinstance(argument, torch.fx.Node):
+            found = self.values[argument]
+            yield from (found if isinstance(found, tuple) else [found] if found in self.tensors
+                        else [])  # fmt: skip
+        elif isinstance(argument, (tuple, list)):
+            for part in argument:
+                yield from self._outputs(part)
+
+    def _call(self, body: torch.fx.GraphModule, node: torch.fx.Node, grad_enabled: bool) -> None:
+        value = node.meta.get("val")
+        if node.target is operator.getitem:
+            self.values[node] = self.values[node.args[0]][node.args[1]]
+        elif isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            self.values[node] = self.symbols(value)
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            self._region(body, node, grad_enabled)
+        elif str(node.target) in _CHECKS or value is None:
+            self.values[node] = None
+        elif isinstance(node.target, torch._ops.OpOverload):
+            self._operator(node, node.target, grad_enabled)
+        else:  # Python arithmetic on sizes that turned out constant
+            self.values[node] = self.symbols.hint(value)
+
+    def _region(self, body: torch.fx.GraphModule, node: torch.fx.Node, grad_enabled: bool) -> None:
+        """Inline the region of a `with torch.no_grad()` or `with torch.autocast(...)`."""
+        kind = str(node.target)
+        at = next((i for i, a in enumerate(node.args) if _is_submodule(a)), None)
+        if kind not in ("wrap_with_set_grad_enabled", "wrap_with_autocast") or at is None:
+            raise _unknown(kind, *_module(node))
+        if kind == "wrap_with_set_grad_enabled":
+            grad_enabled = grad_enabled and bool(node.args[0])
+        inner = getattr(body, node.args[at].target)
+        holders = [n for n in inner.graph.nodes if n.op == "placeholder"]
+        for holder, given in zip(holders, node.args[at + 1 :], strict=True):
+            self.values[holder] = self.values[given] if isinstance(given, torch.fx.Node) else given
+        # An autocast region's graph already holds the casts it made.
+        outer = self.last_use
+        self.values[node] = tuple(self._body(inner, grad_enabled=grad_enabled))
+        self.last_use = outer
+
+    def _operator(
+        self, node: torch.fx.Node, target: torch._ops.OpOverload, grad_enabled: bool
+    ) -> None:
+        path, kind_of_module = _module(node)
+        self.modules.setdefault(path, kind_of_module)
+        for parent, parent_kind in (node.meta.get("nn_module_stack") or {}).values():
+            self.modules.setdefault(_path(parent), _class(parent_kind))
+        short = str(target).split(".")[1]
+        name = f"{path}:{short}"
+        self.counts[name] += 1
+        if self.counts[name] > 1:
+            name = f"{name}.{self.counts[name] - 1}"
+
+        values = node.meta["val"]
+        many = isinstance(values, (tuple, list))
+        values = list(values) if many else [values]
+        outputs = tuple(f"{name}#{i}" if many else name for i in range(len(values)))
+
+        symbolic, num_positional = self._arguments(node, target)
+        op = Op(
+            name=name,
+            target=str(target),
+            arguments={},
+            num_positional=num_positional,
+            outputs=outputs,
+            module_path=path,
+            source=_source(node),
+            grad_enabled=grad_enabled,
+        )
+        if op.kind in _SHAPE_ARGUMENT:
+            shape = tuple(self.symbols(size) for size in values[0].shape)
+            symbolic[_SHAPE_ARGUMENT[op.kind]] = shape
+        arguments = {key: self.now(value) for key, value in symbolic.items()}
+        varying = {key: value for key, value in symbolic.items() if _varies(value)}
+        if varying:
+            self.arguments[name] = varying
+        op = replace(op, arguments=arguments)
+
+        written = _written(target, arguments)
+        base = next(iter(op.inputs), None)
+        base_value = next((n.meta["val"] for n in node.all_input_nodes if self._is(n, base)), None)
+        differentiable = grad_enabled and op.kind not in _NOT_DIFFERENTIABLE
+        grad = differentiable and any(self.tensors[n].requires_grad for n in op.inputs)
+        for output, value in zip(outputs, values, strict=True):
+            owner = output
+            if written is not None:
+                owner = self.tensors[written].storage
+            elif base is not None and storage.is_view(op.kind, arguments, base_value, value):
+                owner = self.tensors[base].storage
+            floating = value.is_floating_point() or value.is_complex()
+            self._activation(output, value, grad and floating, owner)
+        self.values[node] = outputs if many else outputs[0]
+        if written is not None:
+            op = self._after_write(node, op, written)
+        self.ops.append(op)
+
+    def _is(self, node: torch.fx.Node, name: str | None) -> bool:
+        found = self.values.get(node)
+        return isinstance(found, str) and found == name
+
+    def _activation(self, name: str, value: torch.Tensor, grad: bool, owner: str) -> None:
+        self.tensors[name] = Tensor(name, (), "bool", "activation", storage=owner)
+        self._tensor(name, value, role="activation", requires_grad=grad, storage=owner)
+
+    def _after_write(self, node: torch.fx.Node, op: Op, written: str) -> Op:
+        """Give every other name of the memory an in-place operator wrote a new version.
+
+        Later readers of any of them then depend on the write, as data.
+        """
+        owner = self.tensors[written].storage
+        here = self.last_use[node]
+        outputs = list(op.outputs)
+        for other, name in list(self.values.items()):
+            if other is node or not isinstance(name, str) or name not in self.tensors:
+                continue
+            tensor = self.tensors[name]
+            used_later = any(self.last_use.get(user, -1) > here for user in other.users)
+            if tensor.storage != owner or not used_later:
+                continue
+            fresh = op.outputs[0]
+            if name != written:
+                fresh = f"{op.name}#{len(outputs)}"
+                self.shapes[fresh] = self.shapes[name]
+                grad = tensor.requires_grad or self.tensors[op.outputs[0]].requires_grad
+                self.tensors[fresh] = Tensor(
+                    fresh, tensor.shape, tensor.dtype, "activation", None, grad, owner
+                )
+                outputs.append(fresh)
+            self.values[other] = fresh
+        return replace(op, outputs=tuple(outputs))
+
+    def _arguments(
+        self, node: torch.fx.Node, target: torch._ops.OpOverload
+    ) -> tuple[dict[str, Argument], int]:
+        """The call's arguments by schema name, defaults filled in, sizes as expressions."""
+        found: dict[str, Argument] = {}
+        schema = target._schema.arguments
+        for index, argument in enumerate(schema):
+            if index < len(node.args):
+                given = node.args[index]
+            elif argument.name in node.kwargs:
+                given = node.kwargs[argument.name]
+            else:
+                given = argument.default_value if argument.has_default_value() else None
+            found[argument.name] = self._argument(given)
+        return found, sum(not argument.kwarg_only for argument in schema)
+
+    def _argument(self, given: Any) -> Argument:
+        if isinstance(given, torch.fx.Node):
+            value = self.values[given]
+            return Ref(value) if isinstance(value, str) and value in self.tensors else value
+        if isinstance(given, (tuple, list)):
+            return tuple(self._argument(part) for part in given)
+        if isinstance(given, torch.dtype):
+            return Constant("dtype", str(given).removeprefix("torch."))
+        if isinstance(given, torch.layout):
+            return Constant("layout", str(given).removeprefix("torch."))
+        if isinstance(given, torch.memory_format):
+            return Constant("memory_format", str(given).removeprefix("torch."))
+        if isinstance(given, torch.device):
+            return None  # where a graph runs is decided later
+        if given is None or isinstance(given, (bool, int, float, str, complex)):
+            return given
+        return self.symbols(given)
+
+
+def _symbols(
+    captured: Captured, fixed: dict[str, str]
+) -> tuple[Symbols, dict[str, tuple[int, int | None]]]:
+    """Name export's symbols after the sizes; what export fixed goes to `fixed` with the reason."""
+    program = captured.program
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
+    users = nodes[len(nodes) - len(captured.inputs) :]
+    shapes = {name: node.meta["val"].shape
+              for name, node in zip(captured.inputs, users, strict=True)
+              if isinstance(node.meta.get("val"), torch.Tensor)}  # fmt: skip
+    names: dict[Any, str] = {}
+    bounds: dict[str, tuple[int, int | None]] = {}
+    for size, dims in captured.axes.items():
+        if size in fixed:
+            continue
+        found = [shapes[name][dim] for name, dim in dims.items()]
+        symbols = [value.node.expr for value in found if isinstance(value, torch.SymInt)]
+        if len(symbols) < len(found) or not all(symbol.is_Symbol for symbol in symbols):
+            fixed[size] = "the model's code depends on its value, so torch.export fixed it"
+            # Other inputs may still carry a symbol for it: as good as the number.
+        low, high = 1, None
+        for symbol in symbols:
+            if symbol.is_Symbol:
+                names[symbol] = size
+                low, high = _narrowed((low, high), program.range_constraints.get(symbol))
+        if size not in fixed:
+            bounds[size] = (low, high)
+    return Symbols(names), bounds
+
+
+def _narrowed(bounds: tuple[int, int | None], constraint: Any) -> tuple[int, int | None]:
+    low, high = bounds
+    if constraint is None:
+        return bounds
+    # Export says "2 or more" of every size it keeps free; 1 evaluates as well.
+    if int(constraint.lower) > 2:
+        low = max(low, int(constraint.lower))
+    if isinstance(constraint.upper, sympy.Integer) and int(constraint.upper) < 2**31:
+        high = min(high or int(constraint.upper), int(constraint.upper))
+    return low, high
+
+
+def _own_names(module: torch.nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """Every parameter's and buffer's FQN -> its first FQN, and the tied ones alone."""
+    first: dict[int, str] = {}
+    own: dict[str, str] = {}
+    named = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in named:
+        own[name] = first.setdefault(id(tensor), name)
+    return own, {name: target for name, target in own.items() if name != target}
+
+
+def _written(target: torch._ops.OpOverload, arguments: Mapping[str, Argument]) -> str | None:
+    """The tensor an in-place operator writes, if it is one."""
+    for argument in target._schema.arguments:
+        given = arguments.get(argument.name)
+        if argument.alias_info is not None and argument.alias_info.is_write and given is not None:
+            return str(given.name)
+    return None
+
+
+def _varies(value: Argument) -> bool:
+    return isinstance(value, Size) or (isinstance(value, tuple) and any(map(_varies, value)))
+
+
+def _is_submodule(argument: Any) -> bool:
+    return isinstance(argument, torch.fx.Node) and argument.op == "get_attr"
+
+
+def _path(path: str) -> str:
+    return re.sub(r"@\d+", "", path)
+
+
+def _class(kind: Any) -> str:
+    return (kind if isinstance(kind, str) else kind.__qualname__).rpartition(".")[2]
+
+
+def _module(node: torch.fx.Node) -> tuple[str, str]:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return (_path(stack[-1][0]), _class(stack[-1][1])) if stack else ("", "")
+
+
+def _source(node: torch.fx.Node) -> str:
+    """`package/file.py:line` of the innermost frame that is not torch's own."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    outside = [f for f in frames if "/torch/" not in f[0]] or frames
+    file, line = outside[-1]
+    return f"{'/'.join(file.split('/')[-2:])}:{line}"
+
+
+def _unknown(target: str, path: str, kind: str) -> ToolkitError:
+    return formulas.unknown_op(target, f"{path} ({kind})", "")
