@@ -15,6 +15,7 @@ and Jesshope, "Parallel Computers", 1981), so small matrices do not reach the pe
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -100,7 +101,7 @@ def default_coefficients(op_class: OpClass, device: Device) -> Coefficients:
     compute, memory = _REACH["measured" if device.measured else device.kind]
     class_compute, class_memory = _CLASS_REACH[op_class]
     ramp_s = _RAMP_S[device.kind] if op_class in MATRIX_CLASSES else 0.0
-    compute_saturation, memory_saturation = _SATURATION[device.kind]
+    compute_saturation, memory_saturation = _saturation(device)
     return Coefficients(
         compute * class_compute,
         memory * class_memory,
@@ -108,6 +109,28 @@ def default_coefficients(op_class: OpClass, device: Device) -> Coefficients:
         compute_saturation,
         memory_saturation,
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _saturation(device: Device) -> tuple[Saturation, Saturation]:
+    """How compute and memory scale: by kind of device, or as this device was measured to."""
+    if len(device.unit_rates) < 2:
+        return _SATURATION[device.kind]
+    flops = [(rate.num_units, rate.peak_flops["float32"]) for rate in device.unit_rates]
+    reads = [(rate.num_units, rate.memory_bandwidth) for rate in device.unit_rates]
+    return _nearest_saturation(flops), _nearest_saturation(reads)
+
+
+def _nearest_saturation(rates: list[tuple[int, float]]) -> Saturation:
+    """The saturation whose scale is nearest to (units, rate) points, by squared difference."""
+    whole, full_rate = max(rates)
+    points = [(units / whole, rate / full_rate) for units, rate in rates]
+
+    def distance(one: Saturation) -> float:
+        return sum((one.scale(share) - rate) ** 2 for share, rate in points)
+
+    slopes = [step / 50 for step in range(51)]
+    return min((Saturation(share, slope) for share, _ in points for slope in slopes), key=distance)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import functools
 import math
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from toolkit import config
@@ -181,11 +180,12 @@ def _add_machine(made: Catalogue, name: str, row: _MachineRow, where: str) -> No
         made.aliases[_free(made, alias, where)] = name
 
 
+def device_names(catalogue: Catalogue) -> list[str]:
+    """Return every device's name and aliases, sorted."""
+    to_devices = (name for name, to in catalogue.aliases.items() if to in catalogue.devices)
+    return sorted({*catalogue.devices, *to_devices})
+
+
 def names(catalogue: Catalogue) -> list[str]:
     """Return every device and machine name and alias, sorted."""
     return sorted({*catalogue.devices, *catalogue.machines, *catalogue.aliases})
-
-
-def is_file(name: str) -> bool:
-    """Return whether a name is a path rather than a catalogue name."""
-    return name.endswith((".toml", ".json")) or "/" in name or Path(name).is_file()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import config
-from toolkit.errors import FormatError, UsageError
+from toolkit.errors import FormatError, UsageError, unknown_name
 from toolkit.hardware import catalogue as catalogue_
 from toolkit.hardware import measured
 from toolkit.hardware.catalogue import Catalogue
@@ -22,13 +22,20 @@ _COUNTED = re.compile(r"(\d+)x(.+)")
 def find_device(name: str) -> Device:
     """Return a device by catalogue name or alias, or a probed row's file (`row.json`).
 
-    "this" is this machine's probed row; "cpu" is that row when there is one, else "generic-cpu".
+    "this" is this machine's probed row, "this:0" its first probed GPU; "cpu" is the probed row
+    when there is one, else "generic-cpu". Raises UsageError naming the nearest match.
     """
     if name.endswith(".json"):
         return measured.load(Path(name)).device
+    name = name.lower()
     if name in catalogue_.THIS:
         return _this(name).device
-    return catalogue_.builtin().device(name)
+    if name.startswith("this:") and name[5:].isdigit():
+        return measured.accelerator(measured.default_path(), int(name[5:]))
+    known = catalogue_.builtin()
+    if name not in known.devices and name not in known.aliases:
+        raise unknown_name("device", name, {*catalogue_.device_names(known), *catalogue_.THIS})
+    return known.device(name)
 
 
 def _this(name: str) -> Node:

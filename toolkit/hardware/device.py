@@ -44,12 +44,32 @@ class UnitRate:
 
 
 @dataclass(frozen=True)
-class Disk:
-    """Measured rates of the disk under a folder, in B/s; a rate that was not measured is None."""
+class DiskRead:
+    """Measured direct reads of one size, in random or file order, `num_readers` at a time."""
 
-    read_bandwidth: Mapping[int, float] = field(hash=False)  # direct random reads, by read size
-    sequential_read_bandwidth: float | None = None  # direct, large reads in file order
-    write_bandwidth: float | None = None  # buffered, up to fsync
+    num_bytes: int
+    pattern: Literal["random", "sequential"]
+    num_readers: int
+    bandwidth: float
+    median_latency_s: float
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Measured rates of the disk under a folder."""
+
+    folder: str
+    reads: tuple[DiskRead, ...]
+    write_bandwidth: float | None = None  # buffered, up to the end of fsync; None: not measured
+
+    def read_bandwidth(self, num_bytes: int, *, num_readers: int = 1) -> float | None:
+        """Return the measured B/s of random reads, or None where that was not measured."""
+        for read in self.reads:
+            if (read.pattern, read.num_bytes, read.num_readers) == (
+                "random", num_bytes, num_readers,
+            ):  # fmt: skip
+                return read.bandwidth
+        return None
 
 
 @dataclass(frozen=True)
@@ -139,20 +159,38 @@ class Device:
         if num_units == self.num_units and memory_share is None:
             return self
         share = num_units / self.num_units
-        rates = next((rate for rate in self.unit_rates if rate.num_units == num_units), None)
+        rates = self._rates_at(num_units)
         flops = {dtype: rate * share for dtype, rate in self.peak_flops.items()}
         if rates:
             flops |= dict(rates.peak_flops)
         memory = self.memory_bytes * (share if memory_share is None else memory_share)
+        smallest, multiple = self.unit_granularity
         return replace(
             self,
             memory_bytes=max(1, int(memory)),
             memory_bandwidth=rates.memory_bandwidth if rates else self.memory_bandwidth,
             peak_flops=flops,
             num_units=num_units,
-            unit_granularity=(
-                min(self.unit_granularity[0], num_units),
-                min(self.unit_granularity[1], num_units),
-            ),
+            unit_granularity=(min(smallest, num_units), min(multiple, num_units)),
             unit_rates=tuple(rate for rate in self.unit_rates if rate.num_units <= num_units),
+        )
+
+    def _rates_at(self, num_units: int) -> UnitRate | None:
+        """The measured rates at `num_units`, between two measurements on the line through them."""
+        ordered = sorted(self.unit_rates, key=lambda rate: rate.num_units)
+        below = [rate for rate in ordered if rate.num_units <= num_units]
+        above = [rate for rate in ordered if rate.num_units >= num_units]
+        if not below or not above:
+            return None
+        low, high = below[-1], above[0]
+        gap = high.num_units - low.num_units
+        part = (num_units - low.num_units) / gap if gap else 0.0
+        return UnitRate(
+            num_units,
+            {
+                dtype: (1 - part) * low.peak_flops[dtype] + part * rate
+                for dtype, rate in high.peak_flops.items()
+                if dtype in low.peak_flops
+            },
+            (1 - part) * low.memory_bandwidth + part * high.memory_bandwidth,
         )

@@ -12,7 +12,7 @@ from toolkit import config, record
 from toolkit.errors import FormatError, UsageError
 from toolkit.hardware import affinity
 from toolkit.hardware import catalogue as catalogue_
-from toolkit.hardware.device import Device, Disk, UnitRate
+from toolkit.hardware.device import Device, Disk, DiskRead, UnitRate
 from toolkit.hardware.link import Link
 from toolkit.hardware.node import CollectiveFit, Node
 
@@ -131,13 +131,40 @@ def node_from(body: Mapping[str, Any]) -> Node:
     )
 
 
+def accelerator(path: Path, index: int) -> Device:
+    """Return a GPU that the probe at `path` measured; UsageError when it found no such."""
+    rows = record.read(path, kind=KIND, version=VERSION)["body"]["accelerators"]
+    if not 0 <= index < len(rows):
+        raise UsageError(
+            f"the probe found {len(rows)} accelerators, none with number {index}",
+            remedy="run `toolkit hardware probe` where torch sees the device",
+        )
+    row = rows[index]
+    major = int(row["compute_capability"].split(".")[0])
+    # Green contexts' (smallest, multiple) by compute capability; ROCm masks single CUs.
+    granularity = {7: (2, 2), 8: (4, 2)}.get(major, (8, 8)) if row["kind"] == "cuda" else (1, 1)
+    return Device(
+        name=f"this:{index}",
+        title=row["name"],
+        kind=row["kind"],
+        memory_bytes=row["memory_bytes"],
+        memory_bandwidth=row["memory_bandwidth"],
+        peak_flops=row["gemm_flops"],
+        num_units=row["num_units"],
+        unit_granularity=granularity,
+        launch_overhead_s=row["launch_overhead_s"],
+        l2_bytes=row["l2_bytes"],
+        compute_capability=row["compute_capability"],
+        source="measured by `toolkit hardware probe`, by code not yet tried on hardware",
+        measured=True,
+    )
+
+
 def _disk(row: Mapping[str, Any] | None) -> Disk | None:
     if row is None:
         return None
     return Disk(
-        {int(size): rate for size, rate in row["random_read_bandwidth"].items()},
-        row["sequential_read_bandwidth"],
-        row["write_bandwidth"],
+        row["folder"], tuple(DiskRead(**read) for read in row["reads"]), row["write_bandwidth"]
     )
 
 

@@ -23,6 +23,8 @@ class CollectiveFit:
     bandwidth: float
     smallest_bytes: int
     largest_bytes: int
+    median_error: float  # of the line against its own measurements, relative
+    max_error: float
 
     def seconds(self, num_bytes: float) -> float:
         return self.latency_s + num_bytes / self.bandwidth
