@@ -180,7 +180,7 @@ def _show_model(ref: str, *, as_json: bool) -> None:
     loaded = models.load(ref)
     modules = _by_module(loaded.build())
     built_in = weights.BUILTINS.get(ref)
-    value = {
+    value: dict[str, Any] = {
         "name": loaded.name,
         "family": loaded.family,
         "source": loaded.source,

@@ -10,14 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from toolkit.models.init import initialise
+    from toolkit.models.init import initialise, materialise
     from toolkit.models.model import Model
     from toolkit.models.references import load
     from toolkit.models.zoo import names
 
-_HOME = {"Model": "model", "initialise": "init", "load": "references", "names": "zoo"}
+_HOME = {
+    "Model": "model",
+    "initialise": "init",
+    "materialise": "init",
+    "load": "references",
+    "names": "zoo",
+}
 
-__all__ = ["Model", "initialise", "load", "names"]
+__all__ = ["Model", "initialise", "load", "materialise", "names"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,9 +2,10 @@
 
 Shape suffixes: B batch, S sequences of the alignment, R residues (i, j, k where two or three
 meet), M width of the alignment, Z width of a pair, H heads, K head width, P width of an outer
-product, E hidden width of a triangle multiplication, V amino-acid vocabulary.
+product, E hidden width of a triangle multiplication, V amino-acid vocabulary, U distance bins.
 Algorithm numbers are the supplement's. Masks, dropout, templates, the extra alignment stack and
-the structure module are left out; what remains is trained by predicting residues.
+the structure module are left out; what remains is trained as there by predicting residues and the
+distances between them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from toolkit.models.inputs import Example, random_ids
 FAMILY = "evoformer"
 
 _VOCAB_SIZE = 23  # 20 amino acids, unknown, gap, mask
+_NUM_BINS = 64  # of distance (supplement 1.9.8)
 _MAX_OFFSET = 32  # relative positions are told apart up to this distance (algorithm 4)
 
 
@@ -253,8 +255,9 @@ class Recycling(nn.Module):
 
 
 class Evoformer(nn.Module):
-    """An alignment's residue ids in; residue logits out, or the mean cross-entropy with labels.
+    """An alignment's residue ids in; residue and distance logits out, or with labels the loss.
 
+    The loss weighs the two cross-entropies as the paper does (supplement, equation 7).
     Every call runs the stack `num_passes` times, each pass starting from the one before; the
     passes before the last run without gradients (supplement 1.10), which is what a 3F1B schedule
     exploits.
@@ -267,7 +270,8 @@ class Evoformer(nn.Module):
         self.recycling = Recycling(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.msa_dim)
-        self.head = nn.Linear(config.msa_dim, _VOCAB_SIZE)
+        self.residue_head = nn.Linear(config.msa_dim, _VOCAB_SIZE)
+        self.distance_head = nn.Linear(config.pair_dim, _NUM_BINS)
 
     def one_pass(self, ids_BSR: Tensor, previous: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Embed, add what the previous pass found, and run the blocks: -> (msa, pair)."""
@@ -285,17 +289,23 @@ class Evoformer(nn.Module):
             B, R, R, self.config.pair_dim
         )
 
-    def forward(self, ids_BSR: Tensor, labels_BSR: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids_BSR: Tensor, residues_BSR: Tensor | None = None, bins_BRR: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         previous = self.nothing_yet(ids_BSR)
         with torch.no_grad():
             for _ in range(self.config.num_passes - 1):
                 msa_BSRM, pair_BRRZ = self.one_pass(ids_BSR, previous)
                 previous = (msa_BSRM[:, 0], pair_BRRZ)
-        msa_BSRM, _ = self.one_pass(ids_BSR, previous)
-        logits_BSRV = self.head(self.final_norm(msa_BSRM))
-        if labels_BSR is None:
-            return logits_BSRV
-        return F.cross_entropy(logits_BSRV.flatten(0, 2), labels_BSR.flatten())
+        msa_BSRM, pair_BRRZ = self.one_pass(ids_BSR, previous)
+        residue_BSRV = self.residue_head(self.final_norm(msa_BSRM))
+        distance_BRRU = self.distance_head(pair_BRRZ)
+        distance_BRRU = distance_BRRU + distance_BRRU.transpose(1, 2)
+        if residues_BSR is None or bins_BRR is None:
+            return residue_BSRV, distance_BRRU
+        residue_loss = F.cross_entropy(residue_BSRV.flatten(0, 2), residues_BSR.flatten())
+        distance_loss = F.cross_entropy(distance_BRRU.flatten(0, 2), bins_BRR.flatten())
+        return 2.0 * residue_loss + 0.3 * distance_loss
 
 
 def build(config: Config) -> Evoformer:
@@ -312,11 +322,15 @@ def inputs(
     seed: int,
     targets: bool,
 ) -> Example:
-    """Return random ids_BSR (R is the size "tokens"), and labels_BSR when `targets`."""
-    shape = (sizes["batch"], sizes["sequences"], sizes["tokens"])
+    """Return random ids_BSR (R is the size "tokens"), and what to predict when `targets`."""
+    batch, residues = sizes["batch"], sizes["tokens"]
+    shape = (batch, sizes["sequences"], residues)
     ids_BSR = random_ids(shape, _VOCAB_SIZE, device, seed)
-    labels_BSR = random_ids(shape, _VOCAB_SIZE, device, seed + 1)
-    return ((ids_BSR, labels_BSR) if targets else (ids_BSR,)), {}
+    if not targets:
+        return (ids_BSR,), {}
+    residues_BSR = random_ids(shape, _VOCAB_SIZE, device, seed + 1)
+    bins_BRR = random_ids((batch, residues, residues), _NUM_BINS, device, seed + 2)
+    return (ids_BSR, residues_BSR, bins_BRR), {}
 
 
 # SuperScaler (arXiv 2301.08984) reports an AlphaFold 2 ladder of 87 M to 3.2 B. The first is the

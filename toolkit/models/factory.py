@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from toolkit.errors import UsageError, unknown_name
+from toolkit.models.init import seeded
 from toolkit.models.inputs import Example
 from toolkit.models.model import Model
 
@@ -133,8 +134,7 @@ def _call(
                 remedy=f"give {name!r} a default",
             )
     try:
-        with torch.random.fork_rng(devices=[]), torch.device(device):
-            torch.manual_seed(seed)
+        with seeded(device, seed):
             result = make(**sizes)
     except Exception as error:  # the user's factory may raise anything
         raise UsageError(f"{ref} raised {_said(error)}") from error

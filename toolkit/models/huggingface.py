@@ -14,6 +14,7 @@ from torch import nn
 
 from toolkit.errors import FormatError, UsageError, require
 from toolkit.models import hub
+from toolkit.models.init import seeded
 from toolkit.models.inputs import Example, check_tokens, random_ids, random_values
 from toolkit.models.model import Model
 
@@ -52,8 +53,7 @@ def load(ref: str) -> Model:
 
     def builder(device: str, dtype: torch.dtype, seed: int) -> nn.Module:
         auto = getattr(require("transformers", extra="train"), auto_name)
-        with torch.random.fork_rng(devices=[]), torch.device(device):
-            torch.manual_seed(seed)
+        with seeded(device, seed):
             # The copy: building writes into the config (attention chosen, problem type).
             module: nn.Module = auto.from_config(copy.deepcopy(config), dtype=dtype)
         return module

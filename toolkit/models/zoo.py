@@ -10,7 +10,7 @@ from torch import nn
 
 from toolkit.errors import unknown_name
 from toolkit.models import evoformer, gpt, llama, swin, t5
-from toolkit.models.init import initialise
+from toolkit.models.init import initialise, materialise
 from toolkit.models.model import Model, count_parameters
 
 # A family is a file with FAMILY, CONFIGS, build(config) and inputs(config, sizes, ...).
@@ -48,7 +48,7 @@ def _model(name: str, family: Any, config: Any, changes: dict[str, Any]) -> Mode
             module: nn.Module = family.build(config).to(dtype)
         if device == "meta":
             return module
-        return initialise(module.to_empty(device=device), seed=seed)
+        return initialise(materialise(module, device), seed=seed)
 
     def counter() -> int:
         return _count(family, config)
