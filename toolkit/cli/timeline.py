@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console, Group
+from rich.markup import escape
 
 from toolkit import record
 from toolkit.cli import view
@@ -52,7 +53,7 @@ def show(
             parts += [
                 terminal.render(timeline),
                 "",
-                view.table("Time by track", *summary.table(summary.tracks(timeline))),
+                _table(timeline),
             ]
         return Group(*parts)
 
@@ -113,6 +114,12 @@ def _load(paths: list[Path], *, merge: bool) -> list[Timeline]:
     title = " and ".join(dict.fromkeys(timeline.title for timeline in timelines))
     # Each file counts from its own clock; laid together, each source starts at 0.
     return [reduce(Timeline.merged, timelines).aligned(title=title)]
+
+
+def _table(timeline: Timeline) -> Any:
+    headers, rows = summary.table(summary.tracks(timeline))
+    # A track may be called anything, square brackets included.
+    return view.table("Time by track", headers, [[escape(cell) for cell in row] for row in rows])
 
 
 def _text(timelines: list[Timeline]) -> str:
