@@ -51,9 +51,10 @@ def capture(
     varying = {name: dims for name, dims in axes.items() if name not in fixed}
     try:
         program = _export(module, args, kwargs, varying)
-    except _Specialised as error:
-        fixed |= dict.fromkeys(varying, str(error))
-        program = _export(module, args, kwargs, {})
+    except Exception as error:
+        # Some models only trace at fixed sizes; a graph that cannot vary is still a graph.
+        fixed |= dict.fromkeys(varying, f"torch.export: {_first_line(error)}")
+        program = _export_fixed(module, args, kwargs)
     names = tuple(name for name, _ in leaf_names(module, args, kwargs))
     return Captured(program, names, sizes, axes, fixed)
 
@@ -156,59 +157,65 @@ def _sizes(leaves: Mapping[str, torch.Tensor], axes: Axes) -> dict[str, int]:
     return sizes
 
 
-class _Specialised(Exception):
-    """torch.export could not keep a size free."""
-
-
 def _export(
     module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], axes: Axes
 ) -> torch.export.ExportedProgram:
+    """Export with the dims in `axes` free. Raises whatever torch.export raises, which is much."""
     dynamic = _dynamic_shapes(module, args, kwargs, axes) if axes else None
-    try:
-        with _quiet(), _tensors_out(module):
-            return torch.export.export(
-                module, tuple(args), dict(kwargs), strict=False, dynamic_shapes=dynamic
-            )
-    except Exception as error:  # torch.export raises many kinds; each is told to the user below
-        first = _first_line(error)
-        if not _on_meta(module):
-            if axes:
-                raise _Specialised(f"torch.export: {first}") from error
-            raise _failure(module, error) from error
-        _log.info("export on meta failed (%s); trying again on a fake CPU", first)
-    try:
-        with _quiet():
-            return _export_on_fake_cpu(module, args, kwargs, dynamic)
-    except Exception as error:
-        if axes:
-            raise _Specialised(f"torch.export: {_first_line(error)}") from error
-        raise _failure(module, error) from error
+    call = (tuple(args), dict(kwargs))
+    if _on_meta(module):
+        try:
+            return _run_export(*_on_fake_cpu(module, *call), dynamic)
+        except Exception as error:
+            _log.info("export on a fake CPU failed (%s); trying on meta", _first_line(error))
+    return _run_export(module, *call, dynamic)
 
 
-def _export_on_fake_cpu(
-    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic: Any
+def _export_fixed(
+    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> torch.export.ExportedProgram:
-    """Export with the weights on a CPU that has shapes and no memory.
+    try:
+        return _export(module, args, kwargs, {})
+    except Exception as error:
+        raise ToolkitError(
+            f"torch.export cannot trace {type(module).__name__}: {_first_line(error)}",
+            remedy="the model must be one torch.export(strict=False) takes; "
+            "docs/concepts/graph.md says what that excludes",
+        ) from error
 
-    Some models ask a tensor's device for what "meta" does not answer (autocast, for one).
+
+def _run_export(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
+) -> torch.export.ExportedProgram:
+    with _quiet(), _tensors_out(module):
+        return torch.export.export(module, args, kwargs, strict=False, dynamic_shapes=dynamic)
+
+
+def _on_fake_cpu(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """Move a meta module and its inputs to a CPU that has shapes and no memory.
+
+    Better than meta itself: fused attention lays its output out as real kernels do (so what is a
+    view and what a copy comes out right), and models that ask for a device's abilities (autocast)
+    get an answer.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     # Weights on meta weigh nothing, so this copies structure only.
     moved = copy.deepcopy(module)
-    with mode:
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
         moved = moved.to_empty(device="cpu")
 
         def fake(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
                 return leaf
-            return torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
+            made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="cpu")
+            return made.requires_grad_(leaf.requires_grad)
 
-        args, kwargs = pytree.tree_map(fake, (tuple(args), dict(kwargs)))
-    with _tensors_out(moved):
-        return torch.export.export(moved, args, kwargs, strict=False, dynamic_shapes=dynamic)
+        args, kwargs = pytree.tree_map(fake, (args, kwargs))
+    return moved, args, kwargs
 
 
 @contextlib.contextmanager
@@ -249,14 +256,6 @@ def _on_meta(module: torch.nn.Module) -> bool:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
-
-
-def _failure(module: torch.nn.Module, error: BaseException) -> ToolkitError:
-    return ToolkitError(
-        f"torch.export cannot trace {type(module).__name__}: {_first_line(error)}",
-        remedy="the model must be one torch.export(strict=False) takes; docs/concepts/graph.md "
-        "says what that excludes",
-    )
 
 
 @contextlib.contextmanager

@@ -198,6 +198,17 @@ def _attention(op: Op, graph: OpGraph) -> Work:
                    query.dtype)  # fmt: skip
 
 
+def is_fused(op: Op, graph: OpGraph, kernels: str) -> bool:
+    """Return whether attention runs as one kernel that never holds all scores.
+
+    PyTorch's CPU kernel has no dropout and gives a mask no gradient (a learned position bias):
+    with either, it falls back to the two products.
+    """
+    mask = optional_tensor(op, graph, "attn_mask")
+    learned = mask is not None and mask.requires_grad
+    return kernels != "cpu" or (op.arguments["dropout_p"] == 0 and not learned)
+
+
 @formula("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
 def _conv(op: Op, graph: OpGraph) -> Work:
     weight = tensor_of(op, graph, "weight")
@@ -262,9 +273,64 @@ _NORM = {
     5: "layer_norm native_layer_norm rms_norm group_norm native_group_norm batch_norm softmax "
        "_softmax log_softmax _log_softmax native_batch_norm instance_norm normalize",
 }  # fmt: skip
-_COPY = ["clone", "contiguous", "reshape", "flatten", "to", "_to_copy", "type_as", "cat", "stack", "roll", "flip", "repeat", "repeat_interleave", "pad", "constant_pad_nd", "tril", "triu", "im2col", "one_hot", "tile", "concat", "unfold_copy", "float", "meshgrid", "broadcast_tensors", "rot90", "pixel_shuffle", "pixel_unshuffle"]
+_COPY = [
+    "clone",
+    "contiguous",
+    "reshape",
+    "flatten",
+    "to",
+    "_to_copy",
+    "type_as",
+    "cat",
+    "stack",
+    "roll",
+    "flip",
+    "repeat",
+    "repeat_interleave",
+    "pad",
+    "constant_pad_nd",
+    "tril",
+    "triu",
+    "im2col",
+    "one_hot",
+    "tile",
+    "concat",
+    "unfold_copy",
+    "float",
+    "meshgrid",
+    "broadcast_tensors",
+    "rot90",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+]
 # Made from nothing: written, not read.
-_CREATION = ["arange", "zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty", "rand", "randn", "rand_like", "randn_like", "randint", "eye", "linspace", "scalar_tensor", "randperm", "tril_indices", "triu_indices", "lift_fresh_copy"]
+_CREATION = [
+    "arange",
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "rand",
+    "randn",
+    "rand_like",
+    "randn_like",
+    "randint",
+    "eye",
+    "linspace",
+    "scalar_tensor",
+    "randperm",
+    "tril_indices",
+    "triu_indices",
+    "lift_fresh_copy",
+]
 
 
 def _per_element(op_class: OpClass, flops_per_element: int) -> Formula:

@@ -196,6 +196,19 @@ class OpGraph:
         return tuple(t for t in self.tensors.values() if t.role == "parameter")
 
     @cached_property
+    def differentiated(self) -> frozenset[str]:
+        """Names of the operators whose backward runs: a gradient reaches them from an output."""
+        reached = {name for name in self.outputs if self.tensors[name].requires_grad}
+        found: set[str] = set()
+        for op in reversed(self.ops):
+            if op.grad_enabled and not reached.isdisjoint(op.outputs):
+                inputs = {name for name in op.inputs if self.tensors[name].requires_grad}
+                if inputs:
+                    found.add(op.name)
+                    reached |= inputs
+        return frozenset(found)
+
+    @cached_property
     def networkx(self) -> nx.DiGraph:
         """The graph as networkx: operators and source tensors are nodes, tensors label edges.
 
