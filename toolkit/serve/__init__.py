@@ -1,1 +1,21 @@
 """Nexus and Autellix: serve a model, phases and programs scheduled on a divided device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from toolkit.serve.request import SamplingParams
+
+if TYPE_CHECKING:
+    from toolkit.serve.llm import LLM
+
+__all__ = ["LLM", "SamplingParams"]
+
+
+def __getattr__(name: str) -> Any:
+    # LLM brings torch; the scheduler, its policies and the simulator must not pay for it.
+    if name == "LLM":
+        from toolkit.serve.llm import LLM
+
+        return LLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,53 @@
+"""The bookkeeping stays pure: no torch, no clock, no sleep, so that a simulator can run it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import toolkit.serve
+
+HERE = Path(toolkit.serve.__file__).parent
+PURE = sorted(
+    [
+        *(HERE / f"{name}.py" for name in ("batch", "engine", "journal", "queue", "request")),
+        HERE / "scheduler.py",
+        HERE / "executor" / "base.py",
+        *(HERE / "kv").glob("*.py"),
+        *(HERE / "policy").glob("*.py"),
+    ]
+)
+TIMED = {"time", "datetime", "asyncio", "threading", "sched", "signal"}
+
+
+def _module(path: Path) -> str:
+    parts = path.relative_to(HERE.parent.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def test_bookkeeping_brings_no_torch() -> None:
+    names = [_module(path) for path in PURE]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {names}: importlib.import_module(name)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'fastapi'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", PURE, ids=_module)
+def test_bookkeeping_reads_no_clock(path: Path) -> None:
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").split(".")[0])
+            assert "WallClock" not in {alias.name for alias in node.names}
+    assert not imported & TIMED

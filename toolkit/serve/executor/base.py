@@ -1,0 +1,27 @@
+"""The contract between the engine and whatever computes: run a batch, return its tokens."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from toolkit.serve.batch import Batch, StepResult
+
+
+class Executor(Protocol):
+    """Computes batches over KV blocks that the scheduler numbers and the executor stores.
+
+    `run` must write the KV of every position in a slice into the blocks of its request's table,
+    may read every earlier position there, and draws one token where `Slice.samples` says so.
+    """
+
+    def start(self) -> None:
+        """Make ready in the thread that will call `run` (thread pools belong to their thread)."""
+        ...
+
+    def run(self, batch: Batch) -> StepResult:
+        """Compute one step; the result has one entry per slice, in order."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back. `run` is not called again."""
+        ...

@@ -1,0 +1,76 @@
+"""Runs batches on CPU cores with torch, in the thread that calls it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from toolkit.hardware.affinity import usable_cpus
+from toolkit.serve.batch import Batch, StepResult
+from toolkit.serve.model import sampler
+from toolkit.serve.model.decoder import Decoder, PagedKV
+from toolkit.serve.model.inputs import prepare
+
+
+class CpuExecutor:
+    """A decoder, its KV cache, and the cores they run on."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        num_blocks: int,
+        block_size: int,
+        threads: int,
+        pin: bool = False,
+    ) -> None:
+        """`pin` ties the thread that calls `start`, and so torch's pool, to `threads` cores."""
+        self.decoder = decoder
+        self.cache = PagedKV(decoder.config, num_blocks, block_size)
+        self.threads = threads
+        # From the top: what else runs in the process, the server first of all, stays low.
+        self.cpus: tuple[int, ...] = usable_cpus()[-self.threads :] if pin else ()
+
+    def start(self) -> None:
+        """Set this thread's cores and torch's pool, which inherits them at its first use."""
+        if self.cpus:
+            os.sched_setaffinity(0, self.cpus)
+        torch.set_num_threads(self.threads)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> StepResult:
+        """Compute the batch's tokens and draw the next of each slice that samples."""
+        logits = self.decoder.forward(prepare(batch, self.cache.block_size), self.cache)
+        drawing = [piece.request for piece in batch.slices if piece.samples]
+        tokens = iter(
+            sampler.sample(
+                logits,
+                [request.sampling for request in drawing],
+                [(request.seed, len(request.output_ids)) for request in drawing],
+            )
+        )
+        return StepResult(tuple(next(tokens) if piece.samples else None for piece in batch.slices))
+
+    def close(self) -> None:
+        """Let go of the cache's memory."""
+        self.cache.layers.clear()
+
+
+def available_memory_bytes(
+    meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")
+) -> int:
+    """Return the memory this process may still take: the system's, capped by its control group."""
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit = _first_number(cgroup / "memory.max", cgroup / "memory/memory.limit_in_bytes")
+    used = _first_number(cgroup / "memory.current", cgroup / "memory/memory.usage_in_bytes")
+    return free if limit is None or used is None else max(0, min(free, limit - used))
+
+
+def _first_number(*paths: Path) -> int | None:
+    """Return the number in the first of `paths` that holds one (cgroup v2, then v1)."""
+    texts: Sequence[str] = [path.read_text().strip() for path in paths if path.is_file()]
+    return next((int(text) for text in texts if text.isdigit()), None)

@@ -1,0 +1,73 @@
+"""What the engine did, kept in a ring: the last steps and requests as a measured timeline."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from toolkit.serve.batch import Batch
+from toolkit.serve.request import Phase, Request
+from toolkit.timeline import Source, Span, Timeline
+
+_Step = tuple[int, float, float, tuple[tuple[Phase, int, int], ...]]
+
+
+class Journal:
+    """Records steps and finished requests, the newest `capacity` of each; cheap per step."""
+
+    def __init__(self, capacity: int = 20_000, source: Source = "measured") -> None:
+        self.source = source
+        self._steps: deque[_Step] = deque(maxlen=capacity)
+        self._requests: deque[Request] = deque(maxlen=max(1, capacity // 10))
+
+    def step(self, batch: Batch, start_s: float, end_s: float) -> None:
+        """Note that `batch` ran from `start_s` to `end_s`."""
+        counts: dict[Phase, list[int]] = {}
+        for piece in batch.slices:
+            count = counts.setdefault(piece.phase, [0, 0])
+            count[0] += 1
+            count[1] += piece.num_tokens
+        loads = tuple((phase, *count) for phase, count in counts.items())
+        self._steps.append((batch.step, start_s, end_s, loads))  # type: ignore[arg-type]
+
+    def finished(self, request: Request) -> None:
+        """Note a request that has ended; its own times say the rest."""
+        self._requests.append(request)
+
+    def timeline(self, title: str) -> Timeline:
+        """Return tracks `prefill` and `decode` (steps), then one per request.
+
+        A mixed step computes both phases at once, so it is a span on both tracks.
+        """
+        spans: list[Span] = []
+        for step, start_s, end_s, loads in list(self._steps):
+            for phase, num_requests, num_tokens in loads:
+                detail = {"step": step, "requests": num_requests, "tokens": num_tokens}
+                name = f"{num_tokens} tokens" if phase is Phase.PREFILL else f"batch {num_requests}"
+                track = phase.value
+                spans.append(Span(name, track, start_s, end_s, self.source, phase.value, detail))
+        spans.sort(key=lambda span: span.track != Phase.PREFILL.value)
+        for request in list(self._requests):
+            spans += self._life(request)
+        return Timeline(title, tuple(spans))
+
+    def _life(self, request: Request) -> list[Span]:
+        """Queued, prefill, decode: as far as the request came before it ended."""
+        marks = (request.arrival_s, request.scheduled_s, request.first_token_s)
+        detail = {
+            "id": request.id,
+            "prompt_tokens": len(request.prompt_ids),
+            "output_tokens": len(request.output_ids),
+            "preemptions": request.num_preemptions,
+            "finish_reason": request.finish_reason.value if request.finish_reason else None,
+        }
+        spans = []
+        for index, group in enumerate(("queued", "prefill", "decode")):
+            start_s = marks[index]
+            if start_s is None:
+                break
+            later = [mark for mark in marks[index + 1 :] if mark is not None]
+            end_s = later[0] if later else request.finished_s
+            if end_s is not None and end_s > start_s:
+                track = f"request {request.arrival_seq}"
+                spans.append(Span(group, track, start_s, end_s, self.source, group, detail))
+        return spans

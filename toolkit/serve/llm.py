@@ -1,0 +1,132 @@
+"""The offline interface: `LLM(ref).generate(...)`, the server's engine in the caller's thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.serve.assemble import EngineSettings, assemble
+from toolkit.serve.request import FinishReason, Request, SamplingParams
+from toolkit.timeline import Timeline
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came out for one prompt."""
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: str
+    latency_s: float
+
+
+class LLM:
+    """A model in this process: prompts in, completions out, batched as the server would."""
+
+    def __init__(self, ref: str | Path, settings: EngineSettings | None = None) -> None:
+        """`ref`: a built-in name, a GGUF file, a Hugging Face folder, or a hub id when online."""
+        self.name = str(ref)
+        assembly = assemble(ref, settings or EngineSettings())
+        self.engine, self.tokenizer = assembly.engine, assembly.tokenizer
+        self.engine.executor.start()
+        self._num_requests = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[Completion]:
+        """Complete one prompt or many (text, or token ids), all batched together.
+
+        `on_text(index, text)` hears each prompt's text as it grows. Raises UsageError for a
+        prompt that is empty or too long.
+        """
+        encoded = [
+            self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            for prompt in _many(prompts)
+        ]
+        return self._complete(encoded, params or SamplingParams(), on_text)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> Completion:
+        """Answer a conversation (OpenAI's `messages`) through the model's chat template."""
+        ids = self.tokenizer.chat(messages)
+        return self._complete([ids], params or SamplingParams(), on_text)[0]
+
+    def timeline(self) -> Timeline:
+        """Return the measured spans of recent steps and requests."""
+        return self.engine.timeline(f"serving {self.name}")
+
+    def close(self) -> None:
+        """Let go of the KV cache."""
+        self.engine.executor.close()
+
+    def _complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        on_text: Callable[[int, str], None] | None,
+    ) -> list[Completion]:
+        requests = []
+        for ids in prompts:
+            self._num_requests += 1
+            requests.append(
+                Request(
+                    f"offline-{self._num_requests}",
+                    tuple(ids),
+                    params,
+                    arrival_s=self.engine.clock.now(),
+                )
+            )
+        for request in requests:
+            # All are checked before any is queued, so that an error leaves nothing behind.
+            self.engine.scheduler.validate(request)
+        for request in requests:
+            self.engine.add(request, self.tokenizer.stream(request.prompt_ids, params.stop))
+        index = {request.id: i for i, request in enumerate(requests)}
+        texts = [""] * len(requests)
+        reasons: list[FinishReason | None] = [None] * len(requests)
+        try:
+            while self.engine.has_work:
+                for output in self.engine.step().outputs:
+                    at = index[output.request.id]
+                    texts[at] += output.text
+                    reasons[at] = output.finish_reason
+                    if on_text is not None and output.text:
+                        on_text(at, output.text)
+        finally:
+            for request in requests:
+                self.engine.abort(request)
+        return [
+            _completion(request, text, reason)
+            for request, text, reason in zip(requests, texts, reasons, strict=True)
+        ]
+
+
+def _many(prompts: Any) -> list[Prompt]:
+    """Return a list of prompts: one text, or one list of token ids, counts as one prompt."""
+    single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+    return [prompts] if single else list(prompts)
+
+
+def _completion(request: Request, text: str, reason: FinishReason | None) -> Completion:
+    assert reason is not None, f"{request.id} has not ended"
+    return Completion(
+        prompt_token_ids=request.prompt_ids,
+        token_ids=tuple(request.output_ids),
+        text=text,
+        finish_reason=reason.value,
+        latency_s=(request.finished_s or 0.0) - request.arrival_s,
+    )

@@ -1,0 +1,59 @@
+"""The shape of a Llama-family decoder, as read from a model's own file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from toolkit.errors import UsageError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched past the trained context (Llama 3.1's rule)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and switches. `qkv_bias` is Qwen2's, `qk_norm` Qwen3's; the rest is Llama.
+
+    `rope_divisors` are GGUF's per-frequency factors, the same thing as `rope_scaling` already
+    worked out; at most one of the two is set.
+    """
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    ffn_size: int
+    vocab_size: int
+    max_context: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    rope_divisors: tuple[float, ...] | None = None
+    tied_head: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise UsageError(
+                f"{self.num_kv_heads} key-value heads do not divide {self.num_heads} heads"
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.num_heads // self.num_kv_heads
+
+    def kv_bytes_per_token(self, bytes_per_value: int = 4) -> int:
+        """Return the KV cache's bytes per token over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_size * bytes_per_value

@@ -1,0 +1,152 @@
+"""Read a GGUF file: configuration from its metadata, weights dequantised to float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from toolkit.errors import FormatError, UsageError, require, unknown_name
+from toolkit.serve.model.config import DecoderConfig
+from toolkit.serve.model.weights import LoadedModel, check
+
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_TOP_NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
+
+
+def load(path: Path) -> LoadedModel:
+    """Read the model in the GGUF file at `path`; see weights.load for what is raised."""
+    gguf = require("gguf", extra="serve")
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = dict(reader.fields)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        config = _config(fields, tensors, path)
+        names = {name: _renamed(name, path) for name in tensors if name != "rope_freqs.weight"}
+        shapes = {new: tuple(map(int, reversed(tensors[old].shape))) for old, new in names.items()}
+        check(config, shapes, path)
+        weights = {}
+        for old, new in names.items():
+            values = gguf.quants.dequantize(tensors[old].data, tensors[old].tensor_type)
+            weights[new] = _arranged(new, torch.from_numpy(_owned(values)), config)
+        return LoadedModel(config, weights, _eos_ids(fields))
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
+        # The reader has no error of its own: a torn file shows as whatever numpy makes of it.
+        raise FormatError(
+            f"{path} is not a readable GGUF file: {error}", remedy="download or copy it again"
+        ) from error
+    except NotImplementedError as error:
+        raise UsageError(f"{path}: {error}", remedy="use another quantisation") from error
+
+
+def _config(fields: dict[str, Any], tensors: dict[str, Any], path: Path) -> DecoderConfig:
+    architecture = str(fields["general.architecture"].contents())
+    if architecture not in _ARCHITECTURES:
+        raise unknown_name(f"architecture in {path}:", architecture, _ARCHITECTURES)
+
+    def value(name: str, default: Any = None) -> Any:
+        field = fields.get(f"{architecture}.{name}")
+        if field is None and default is None:
+            raise FormatError(f"{path} does not state {architecture}.{name}")
+        return default if field is None else field.contents()
+
+    if value("expert_count", 0):
+        raise UsageError(f"{path} is a mixture of experts, which is not supported")
+    hidden, heads = int(value("embedding_length")), int(value("attention.head_count"))
+    head_size = int(value("attention.key_length", hidden // heads))
+    if int(value("rope.dimension_count", head_size)) != head_size:
+        raise UsageError(f"{path} rotates only part of each head, which is not supported")
+    context = int(value("context_length"))
+    return DecoderConfig(
+        architecture=architecture,
+        num_layers=int(value("block_count")),
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=int(value("attention.head_count_kv", heads)),
+        head_size=head_size,
+        ffn_size=int(value("feed_forward_length")),
+        vocab_size=int(tensors["token_embd.weight"].shape[1]),
+        # Within its window, sliding attention is plain attention.
+        max_context=min(context, int(value("attention.sliding_window", context))),
+        rms_norm_eps=float(value("attention.layer_norm_rms_epsilon")),
+        rope_theta=float(value("rope.freq_base", 10000.0)),
+        rope_divisors=_divisors(
+            value("rope.scaling.type", "none"), value, tensors, head_size, path
+        ),
+        tied_head="output.weight" not in tensors,
+        output_bias="blk.0.attn_output.bias" in tensors,
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in tensors,
+    )
+
+
+def _divisors(
+    scaling: str, value: Any, tensors: dict[str, Any], head_size: int, path: Path
+) -> tuple[float, ...] | None:
+    """Return what each rotary frequency is divided by, or None when by nothing."""
+    if "rope_freqs.weight" in tensors:
+        return tuple(float(factor) for factor in tensors["rope_freqs.weight"].data)
+    if scaling == "none":
+        return None
+    if scaling == "linear":
+        return (float(value("rope.scaling.factor")),) * (head_size // 2)
+    raise UsageError(
+        f"{path} stretches its rotary embedding by {scaling!r}, which is not supported",
+        remedy="supported: none, linear, and llama 3's frequency factors",
+    )
+
+
+def _renamed(name: str, path: Path) -> str:
+    stem, _, kind = name.rpartition(".")
+    if stem in _TOP_NAMES:
+        return f"{_TOP_NAMES[stem]}.{kind}"
+    block, _, inner = stem.partition(".")[2].partition(".")
+    if stem.startswith("blk.") and block.isdigit() and inner in _LAYER_NAMES:
+        return f"layers.{block}.{_LAYER_NAMES[inner]}.{kind}"
+    raise UsageError(f"{path} holds a weight {name!r} this decoder has no use for")
+
+
+def _arranged(name: str, weight: torch.Tensor, config: DecoderConfig) -> torch.Tensor:
+    """Put the rows of a Llama's query and key matrices back into halves.
+
+    GGUF's `llama` rotates neighbouring pairs, so its converter interleaved the two halves of each
+    head that Hugging Face (and this decoder) rotates against each other. Other architectures
+    kept theirs.
+    """
+    projection = name.split(".")[-2]
+    if config.architecture != "llama" or projection not in ("q_proj", "k_proj"):
+        return weight
+    heads = config.num_heads if projection == "q_proj" else config.num_kv_heads
+    pairs = weight.view(heads, config.head_size // 2, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+
+def _owned(values: Any) -> Any:
+    """Return a float32 array that does not lie in the mapped file."""
+    return np.array(values, dtype=np.float32, copy=True) if _mapped(values) else values
+
+
+def _mapped(values: Any) -> bool:
+    return values.dtype != np.float32 or not values.flags.owndata or not values.flags.writeable
+
+
+def _eos_ids(fields: dict[str, Any]) -> frozenset[int]:
+    """Return the tokens that end a text or a turn."""
+    names = ("eos_token_id", "eot_token_id", "eom_token_id")
+    found = (fields.get(f"tokenizer.ggml.{name}") for name in names)
+    return frozenset(int(field.contents()) for field in found if field is not None)

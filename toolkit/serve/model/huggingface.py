@@ -1,0 +1,155 @@
+"""Read a Hugging Face folder: config.json and its safetensors, as float32."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolkit.errors import FormatError, UsageError, require, unknown_name
+from toolkit.serve.model.config import DecoderConfig, RopeScaling
+from toolkit.serve.model.weights import LoadedModel, check
+
+_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+_INDEX = "model.safetensors.index.json"
+# Buffers that old checkpoints carry and every loader recomputes.
+_DERIVED = ("rotary_emb.inv_freq",)
+
+
+def load(folder: Path) -> LoadedModel:
+    """Read the model in `folder`; see weights.load for what is raised."""
+    settings = _json(folder / "config.json")
+    config = _config(settings, folder)
+    weights = _weights(folder)
+    if config.tied_head:
+        weights.pop("lm_head.weight", None)
+    check(config, {name: tensor.shape for name, tensor in weights.items()}, folder)
+    return LoadedModel(config, weights, _eos_ids(settings, folder))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FormatError(
+            f"{path.parent} has no {path.name}", remedy="give a Hugging Face model folder"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path} is corrupt: {error}") from error
+    if not isinstance(found, dict):
+        raise FormatError(f"{path} is not a JSON object")
+    return found
+
+
+def _config(settings: dict[str, Any], folder: Path) -> DecoderConfig:
+    architecture = settings.get("model_type", "")
+    if architecture not in _ARCHITECTURES:
+        raise unknown_name(f"architecture in {folder}:", architecture, _ARCHITECTURES)
+    activation = settings.get("hidden_act", "silu")
+    if activation != "silu" or settings.get("mlp_bias"):
+        raise UsageError(
+            f"{folder} uses activation {activation!r} and mlp_bias {settings.get('mlp_bias')}; "
+            "only silu without bias is supported"
+        )
+    try:
+        heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
+        # transformers 5 writes rope_parameters; before, rope_theta and rope_scaling lay apart.
+        rope = settings.get("rope_parameters") or {
+            "rope_theta": settings.get("rope_theta", 10000.0),
+            **(settings.get("rope_scaling") or {}),
+        }
+        head_size = settings.get("head_dim") or hidden // heads
+        scaling, divisors = _rope(rope, head_size, folder)
+        biased = bool(settings.get("attention_bias", False))
+        return DecoderConfig(
+            architecture=architecture,
+            num_layers=settings["num_hidden_layers"],
+            hidden_size=hidden,
+            num_heads=heads,
+            num_kv_heads=settings.get("num_key_value_heads") or heads,
+            head_size=head_size,
+            ffn_size=settings["intermediate_size"],
+            vocab_size=settings["vocab_size"],
+            max_context=_context(settings),
+            rms_norm_eps=settings["rms_norm_eps"],
+            rope_theta=float(rope["rope_theta"]),
+            rope_scaling=scaling,
+            rope_divisors=divisors,
+            tied_head=bool(settings.get("tie_word_embeddings", False)),
+            qkv_bias=biased or architecture == "qwen2",
+            output_bias=biased and architecture != "qwen2",
+            qk_norm=architecture == "qwen3",
+        )
+    except KeyError as error:
+        raise FormatError(f"{folder}/config.json does not state {error}") from error
+
+
+def _context(settings: dict[str, Any]) -> int:
+    """Return the longest context: within its window, sliding attention is plain attention."""
+    context, window = settings["max_position_embeddings"], settings.get("sliding_window")
+    return min(context, window) if window and settings.get("use_sliding_window", True) else context
+
+
+def _rope(
+    rope: dict[str, Any], head_size: int, folder: Path
+) -> tuple[RopeScaling | None, tuple[float, ...] | None]:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if float(rope.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UsageError(f"{folder} rotates only part of each head, which is not supported")
+    if kind == "default":
+        return None, None
+    if kind == "linear":
+        return None, (float(rope["factor"]),) * (head_size // 2)
+    if kind == "llama3":
+        scaling = RopeScaling(
+            factor=float(rope["factor"]),
+            low_freq_factor=float(rope["low_freq_factor"]),
+            high_freq_factor=float(rope["high_freq_factor"]),
+            original_context=int(rope["original_max_position_embeddings"]),
+        )
+        return scaling, None
+    raise UsageError(
+        f"{folder} stretches its rotary embedding by {kind!r}, which is not supported",
+        remedy="supported: default, linear, llama3",
+    )
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    safetensors = require("safetensors", extra="serve")
+    index = folder / _INDEX
+    if index.exists():
+        files = sorted(set(_json(index).get("weight_map", {}).values()))
+    else:
+        files = ["model.safetensors"]
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        path = folder / file
+        if not path.is_file():
+            raise FormatError(
+                f"{folder} has no {file}", remedy="save the model in the safetensors format"
+            )
+        try:
+            with safetensors.safe_open(path, framework="pt") as tensors:
+                names = tensors.keys()
+                for name in names:
+                    if not name.endswith(_DERIVED):
+                        tensor = tensors.get_tensor(name).to(torch.float32)
+                        weights[name.removeprefix("model.")] = tensor
+        except (safetensors.SafetensorError, ValueError, OSError) as error:
+            raise FormatError(
+                f"{path} is not a readable safetensors file: {error}",
+                remedy="download or copy it again",
+            ) from error
+    return weights
+
+
+def _eos_ids(settings: dict[str, Any], folder: Path) -> frozenset[int]:
+    """Return the tokens that end a text or a turn: one number or a list, in either file."""
+    found: set[int] = set()
+    generation = folder / "generation_config.json"
+    for source in (settings, _json(generation) if generation.exists() else {}):
+        value = source.get("eos_token_id")
+        found.update(value if isinstance(value, list) else [] if value is None else [value])
+    return frozenset(found)

@@ -1,0 +1,154 @@
+"""Text to tokens and back, chat templates, and text that streams without tearing characters."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from toolkit.config import cache_dir
+from toolkit.errors import FormatError, UsageError, require
+
+# How many tokens of the prompt are decoded with the first token, for tokenizers whose words carry
+# their leading space only after another word.
+_CONTEXT = 4
+_INCOMPLETE = "\ufffd"
+
+
+class Tokenizer:
+    """A model's own tokenizer and chat template. Safe to use from several threads."""
+
+    def __init__(self, pretrained: Any) -> None:
+        """Wrap a fast tokenizer of transformers."""
+        self._pretrained = pretrained
+        self._backend = pretrained.backend_tokenizer
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Read it from a GGUF file or a Hugging Face folder. Raises FormatError."""
+        transformers = require("transformers", extra="serve")
+        folder = path if path.is_dir() else _converted(path, transformers)
+        try:
+            return cls(transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise FormatError(f"{path} has no tokenizer that can be read: {error}") from error
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._pretrained.chat_template)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of `text`, with whatever the model wants at its start."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of `token_ids`."""
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the tokens of a conversation, ready for the assistant's turn.
+
+        Raises UsageError when the model has no chat template or it refuses the messages.
+        """
+        import jinja2
+
+        if not self.has_chat_template:
+            raise UsageError(
+                "this model has no chat template", remedy="use plain completions instead"
+            )
+        try:
+            text = self._pretrained.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except (jinja2.TemplateError, TypeError, KeyError) as error:
+            raise UsageError(f"the chat template refuses these messages: {error}") from error
+        return self.encode(text, add_special_tokens=False)
+
+    def stream(self, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> IncrementalText:
+        """Return what turns the tokens after `prompt_ids` into text, up to any of `stop`."""
+        return IncrementalText(self, prompt_ids, stop)
+
+
+class IncrementalText:
+    """Text as tokens come: whole characters only, and nothing that may yet be a stop string."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]
+    ) -> None:
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._ids = list(prompt_ids[-_CONTEXT:])
+        self._known = tokenizer.decode(self._ids)
+        self._num_known = len(self._ids)
+        self._held = ""
+
+    def push(self, token_id: int) -> str:
+        """Return the text that is certain once `token_id` has followed."""
+        self._ids.append(token_id)
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith(_INCOMPLETE):
+            return ""
+        fresh = text[len(self._known) :]
+        # From here on the tokens just shown are the context of the next.
+        del self._ids[: self._num_known]
+        self._num_known = len(self._ids)
+        self._known = self._tokenizer.decode(self._ids)
+        return self._release(fresh)
+
+    def flush(self) -> str:
+        """Return what was held back, half a character included; the request has ended."""
+        if self.stopped:
+            return ""
+        rest = self._tokenizer.decode(self._ids)[len(self._known) :]
+        text = self._release(rest)
+        return text if self.stopped else text + self._held
+
+    def _release(self, fresh: str) -> str:
+        """Return the held and fresh text up to a stop string, or to what may begin one."""
+        text = self._held + fresh
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            return text[: min(found)]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many characters at the end of `text` are the beginning of `stop`.
+
+    >>> _overlap("a line\\n", "\\n\\n"), _overlap("word", "\\n")
+    (1, 0)
+    """
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _converted(path: Path, transformers: Any) -> Path:
+    """Return a folder with the GGUF file's tokenizer, converted once (seconds) and cached."""
+    stat = path.stat()
+    key = f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}:{transformers.__version__}"
+    folder = cache_dir() / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:24]
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
+    try:
+        pretrained = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        pretrained.save_pretrained(temporary)
+        if not folder.is_dir():
+            temporary.rename(folder)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        # Another process may have finished first; then its folder is as good as ours.
+        if not folder.is_dir():
+            raise FormatError(f"{path} has no tokenizer that can be read: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder

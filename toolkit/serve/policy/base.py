@@ -1,0 +1,54 @@
+"""The contract of a scheduling policy: it orders calls, and hears what happens to them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Protocol
+
+from toolkit.serve.request import Request
+
+# Smaller goes first. Compared with other keys of the same policy only.
+Key = tuple[Any, ...]
+
+
+class Program(Protocol):
+    """What a policy may know of the program a call belongs to; a lone call has None."""
+
+    @property
+    def id(self) -> str: ...
+
+
+class Policy(ABC):
+    """Orders calls. Hooks keep whatever state the order needs; most policies need none.
+
+    A policy decides order only: admission, chunking and preemption are the scheduler's. Times are
+    passed in, and a key may change only on one of these events or at `next_change`.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def key(self, call: Request, program: Program | None, now: float) -> Key:
+        """Return the call's place. Ends in (arrival_seq, id), so that the order is total."""
+
+    def on_arrival(  # noqa: B027
+        self, call: Request, program: Program | None, now: float
+    ) -> None:
+        """The call has joined the queue."""
+
+    def on_service(  # noqa: B027
+        self, call: Request, program: Program | None, seconds: float, tokens: int, now: float
+    ) -> None:
+        """A step that took `seconds` computed `tokens` of the call."""
+
+    def on_complete(  # noqa: B027
+        self, call: Request, program: Program | None, now: float
+    ) -> None:
+        """The call has finished, for whatever reason."""
+
+    def on_preempt(self, call: Request, now: float) -> None:  # noqa: B027
+        """The call lost its blocks and waits again."""
+
+    def next_change(self, now: float) -> float | None:
+        """Return when a waiting call's key next changes without an event, or None for never."""
+        return None

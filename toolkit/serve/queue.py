@@ -1,0 +1,65 @@
+"""The requests that wait, in a policy's order."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+
+from toolkit.serve.policy.base import Key, Policy
+from toolkit.serve.request import Request, Status
+
+
+class WaitingQueue:
+    """A heap of waiting requests. One that has ended meanwhile is dropped when it surfaces."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._heap: list[tuple[Key, Request]] = []
+        self._rekey_s: float | None = None
+        self.num_requests = 0
+        self.num_tokens = 0
+
+    def __iter__(self) -> Iterator[Request]:
+        """Yield the waiting requests, in no particular order."""
+        return (request for _, request in self._heap if request.status is Status.WAITING)
+
+    def push(self, request: Request, now: float) -> None:
+        """Let a request wait at the place its policy gives it."""
+        request.status = Status.WAITING
+        self.num_requests += 1
+        self.num_tokens += request.num_tokens
+        heapq.heappush(self._heap, (self._policy.key(request, None, now), request))
+
+    def head(self) -> tuple[Key, Request] | None:
+        """Return the first request and its key, leaving it there."""
+        while self._heap and self._heap[0][1].status is not Status.WAITING:
+            heapq.heappop(self._heap)
+        return self._heap[0] if self._heap else None
+
+    def pop(self) -> Request:
+        """Take the first request out; the caller has looked at `head`."""
+        request = heapq.heappop(self._heap)[1]
+        self.discard(request)
+        return request
+
+    def discard(self, request: Request) -> None:
+        """Count out a request that ends while waiting; its status must change right after."""
+        assert request.status is Status.WAITING, f"{request.id} does not wait"
+        self.num_requests -= 1
+        self.num_tokens -= request.num_tokens
+
+    def refresh(self, now: float) -> None:
+        """Sort anew when the policy said that keys would by now have changed by themselves."""
+        if self._rekey_s is not None and now >= self._rekey_s:
+            self._heap = [(self._policy.key(request, None, now), request) for request in self]
+            heapq.heapify(self._heap)
+        self._rekey_s = self._policy.next_change(now)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless the counts are those of what waits."""
+        waiting = list(self)
+        assert len(waiting) == self.num_requests, "the count of waiting requests is off"
+        assert sum(r.num_tokens for r in waiting) == self.num_tokens, "queued tokens are off"
+        for request in waiting:
+            assert not request.block_ids, f"{request.id} waits and holds blocks"
+            assert not request.in_flight, f"{request.id} waits and is in flight"

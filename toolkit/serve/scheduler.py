@@ -1,0 +1,358 @@
+"""Which tokens the next step computes: continuous batching over one pool of KV blocks.
+
+Pure bookkeeping. No torch, no clock (times are arguments), no sleep: the live engine and the
+simulator run this same object.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from toolkit.errors import ToolkitError, UsageError
+from toolkit.serve.batch import Batch, Slice
+from toolkit.serve.kv.blocks import BlockPool, BlockState
+from toolkit.serve.policy.base import Policy
+from toolkit.serve.queue import WaitingQueue
+from toolkit.serve.request import FinishReason, Phase, Request, Status
+
+BOTH = (Phase.DECODE, Phase.PREFILL)
+
+
+class QueueFullError(ToolkitError):
+    """The waiting queue has reached its cap; the request was not accepted."""
+
+    kind = "queue-full"
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits of the scheduler.
+
+    `max_batch` requests hold blocks at once; a step computes at most `step_tokens`, of which
+    decoding requests take one each and prefill chunks the rest (chunked prefill, as in
+    Sarathi-Serve). `max_context` bounds prompt and output together. `max_queue` and
+    `max_queue_tokens` cap what waits (None: no cap). `eos_ids` end a request.
+    """
+
+    max_batch: int = 32
+    step_tokens: int = 256
+    max_context: int = 2048
+    max_queue: int | None = None
+    max_queue_tokens: int | None = None
+    eos_ids: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.max_batch < 1:
+            raise UsageError(
+                f"a batch of {self.max_batch} requests is none", remedy="use 1 or more"
+            )
+        if self.step_tokens <= self.max_batch:
+            raise UsageError(
+                f"{self.step_tokens} tokens a step leave nothing for prefill beside "
+                f"{self.max_batch} decoding requests",
+                remedy="raise the tokens a step, or lower the batch",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token drawn for a request, and whether the request ended with it.
+
+    `index` counts the request's outputs from 0; `gap_s` is the time since the one before, for the
+    first since arrival.
+    """
+
+    request: Request
+    token_id: int
+    index: int
+    gap_s: float
+    finish_reason: FinishReason | None
+
+
+class Scheduler:
+    """Owns every request from `add` to its last token, and every KV block."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        prefill_policy: Policy,
+        decode_policy: Policy,
+    ) -> None:
+        if pool.capacity_tokens < config.max_context:
+            # A lone request must always fit: then preemption always lets somebody finish.
+            raise UsageError(
+                f"the KV cache holds {pool.capacity_tokens} tokens, fewer than a context of "
+                f"{config.max_context}",
+                remedy="give it more memory, or lower the maximum context",
+            )
+        self.config = config
+        self.pool = pool
+        self.prefill_policy = prefill_policy
+        self.decode_policy = decode_policy
+        self.running: list[Request] = []
+        self.num_preemptions = 0
+        self.num_finished = dict.fromkeys(FinishReason, 0)
+        self.queue = WaitingQueue(prefill_policy)
+        self._arrivals = 0
+        self._step = 0
+
+    # -- what is there -------------------------------------------------------------------------
+
+    @property
+    def num_running(self) -> int:
+        return len(self.running)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.queue.num_requests)
+
+    # -- arrival and departure -------------------------------------------------------------------
+
+    def validate(self, request: Request) -> None:
+        """Raise UsageError unless the request could ever be served."""
+        length = len(request.prompt_ids)
+        if length == 0:
+            raise UsageError("the prompt is empty", remedy="give it at least one token")
+        if length >= self.config.max_context:
+            raise UsageError(
+                f"the prompt has {length} tokens and the context is {self.config.max_context}, "
+                "which leaves no room to generate",
+                remedy="shorten the prompt, or raise the maximum context",
+            )
+
+    def check_room(self, num_requests: int, num_tokens: int) -> None:
+        """Raise QueueFullError when that many more requests and prompt tokens may not queue.
+
+        For whoever lets requests in, before `add`; one let in is never turned away afterwards.
+        """
+        caps = (
+            ("requests", self.queue.num_requests + num_requests, self.config.max_queue),
+            ("tokens", self.queue.num_tokens + num_tokens, self.config.max_queue_tokens),
+        )
+        for what, wanted, cap in caps:
+            if cap is not None and wanted > cap:
+                raise QueueFullError(
+                    f"the queue is full: {wanted} {what} would wait and the cap is {cap}",
+                    remedy="try again later",
+                )
+
+    def add(self, request: Request, now: float) -> None:
+        """Queue a new request. Raises UsageError when it could never be served."""
+        self.validate(request)
+        length, limit = len(request.prompt_ids), request.sampling.max_tokens
+        request.max_total_tokens = min(
+            self.config.max_context, length + (limit or self.config.max_context)
+        )
+        request.arrival_seq, self._arrivals = self._arrivals, self._arrivals + 1
+        for policy in self._policies():
+            policy.on_arrival(request, None, now)
+        self.queue.push(request, now)
+
+    def finish(self, request: Request, reason: FinishReason, now: float) -> None:
+        """End a request now: its client has gone, or its text met a stop string.
+
+        A request in flight keeps its blocks until the step that writes to them is over.
+        """
+        if request.status is Status.FINISHED:
+            return
+        if request.status is Status.WAITING:
+            self.queue.discard(request)
+        request.status = Status.FINISHED
+        request.finish_reason = reason
+        request.finished_s = now
+        self.num_finished[reason] += 1
+        for policy in self._policies():
+            policy.on_complete(request, None, now)
+        if not request.in_flight:
+            self._release(request)
+
+    # -- the step --------------------------------------------------------------------------------
+
+    def schedule(self, now: float, phases: Collection[Phase] = BOTH) -> Batch:
+        """Choose what the next step computes; what it contains is in flight until `update`.
+
+        With both phases, decoding requests come first and prefill chunks fill the step up. A
+        divided engine asks for one phase at a time, each with a step of its own.
+        """
+        slices: list[Slice] = []
+        before = self.num_preemptions
+        if Phase.DECODE in phases:
+            slices += self._decode_slices(now)
+        if Phase.PREFILL in phases:
+            # Whoever was just preempted must not take the freed blocks straight back.
+            may_admit = self.num_preemptions == before
+            slices += self._prefill_slices(self.config.step_tokens - len(slices), may_admit, now)
+        self._step += 1
+        return Batch(self._step, tuple(slices))
+
+    def update(
+        self, batch: Batch, token_ids: Sequence[int | None], now: float, seconds: float = 0.0
+    ) -> list[Token]:
+        """Take in a step's results, `seconds` after it began; return the tokens drawn."""
+        drawn: list[Token] = []
+        for piece, token_id in zip(batch.slices, token_ids, strict=True):
+            request = piece.request
+            request.in_flight = False
+            if request.status is Status.FINISHED:
+                self._release(request)
+                continue
+            self._computed(request, piece.end)
+            for policy in self._policies():
+                policy.on_service(request, None, seconds, piece.num_tokens, now)
+            if request.num_pending:
+                continue
+            assert token_id is not None, f"no token drawn for {request.id}"
+            if request.phase is Phase.PREFILL:
+                request.phase = Phase.DECODE
+            before_s = request.arrival_s if request.last_token_s is None else request.last_token_s
+            request.output_ids.append(token_id)
+            request.last_token_s = now
+            if request.first_token_s is None:
+                request.first_token_s = now
+            reason = self._ending(request, token_id)
+            if reason is not None:
+                self.finish(request, reason, now)
+            index = len(request.output_ids) - 1
+            drawn.append(Token(request, token_id, index, now - before_s, reason))
+        return drawn
+
+    def _decode_slices(self, now: float) -> Iterator[Slice]:
+        ready = [r for r in self.running if r.phase is Phase.DECODE and not r.in_flight]
+        ready.sort(key=lambda request: self.decode_policy.key(request, None, now))
+        for request in ready[: self.config.step_tokens]:
+            if request.status is Status.RUNNING and self._make_room(request, now):
+                yield self._fly(request, 1)
+
+    def _prefill_slices(self, budget: int, may_admit: bool, now: float) -> Iterator[Slice]:
+        key = self.prefill_policy.key
+        self.queue.refresh(now)
+        resident = [
+            (key(r, None, now), r)
+            for r in self.running
+            if r.phase is Phase.PREFILL and not r.in_flight
+        ]
+        heapq.heapify(resident)
+        while budget > 0:
+            head = self.queue.head() if may_admit else None
+            if head is not None and (not resident or head[0] < resident[0][0]):
+                if not self._admit(head[1], now):
+                    # No skip-ahead: a later, smaller request must not overtake for ever.
+                    may_admit = False
+                    continue
+                request = head[1]
+            elif resident:
+                request = heapq.heappop(resident)[1]
+            else:
+                return
+            count = min(budget, request.num_pending)
+            budget -= count
+            yield self._fly(request, count)
+
+    def _fly(self, request: Request, count: int) -> Slice:
+        request.in_flight = True
+        return Slice(request, request.phase, request.num_computed, request.num_computed + count)
+
+    def _ending(self, request: Request, token_id: int) -> FinishReason | None:
+        sampling = request.sampling
+        if token_id in sampling.stop_token_ids:
+            return FinishReason.STOP
+        if token_id in self.config.eos_ids and not sampling.ignore_eos:
+            return FinishReason.STOP
+        if request.num_tokens >= request.max_total_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    # -- blocks ----------------------------------------------------------------------------------
+
+    def _admit(self, request: Request, now: float) -> bool:
+        """Give a waiting request blocks for every token known so far, or return False.
+
+        All at once, so that a started prefill never waits for memory. A spare hundredth is left
+        for those already decoding, or the newcomer would cause a preemption at once.
+        """
+        pool = self.pool
+        spare = -(-pool.num_blocks // 100) if self.running else 0
+        needed = pool.blocks_for(request.num_tokens)
+        if len(self.running) >= self.config.max_batch or pool.num_free < needed + spare:
+            return False
+        self.queue.pop()
+        request.block_ids = pool.allocate(needed, Phase.PREFILL)
+        request.status = Status.RUNNING
+        if request.scheduled_s is None:
+            request.scheduled_s = now
+        self.running.append(request)
+        return True
+
+    def _make_room(self, request: Request, now: float) -> bool:
+        """Make the block of the next decoded token writable, preempting others if need be."""
+        pool, position = self.pool, request.num_computed
+        index = position // pool.block_size
+        if index < len(request.block_ids):
+            # Half filled by the prefill: the first decoded token takes over its writing.
+            if pool.state(request.block_ids[index]) is BlockState.READY:
+                pool.begin_write(request.block_ids[index], Phase.DECODE)
+            return True
+        while not pool.num_free:
+            # Those already in this batch are in flight, so the victim is never one of them.
+            victim = max(
+                (r for r in self.running if not r.in_flight),
+                key=lambda r: self.decode_policy.key(r, None, now),
+            )
+            self._preempt(victim, now)
+            if victim is request:
+                return False
+        request.block_ids += pool.allocate(1, Phase.DECODE)
+        return True
+
+    def _computed(self, request: Request, end: int) -> None:
+        """Note that tokens up to `end` lie in the cache, and publish the blocks this completes."""
+        size = self.pool.block_size
+        first, last = request.num_computed // size, end // size
+        request.num_computed = end
+        # The prompt's last block is handed over half full; the first decoded token reopens it.
+        if request.phase is Phase.PREFILL and not request.num_pending and end % size:
+            last += 1
+        for block in request.block_ids[first:last]:
+            self.pool.end_write(block)
+
+    def _preempt(self, request: Request, now: float) -> None:
+        """Take a request's blocks away; it waits again at its old place and is recomputed."""
+        assert not request.in_flight, f"{request.id} is in flight"
+        self.pool.release(request.block_ids)
+        request.block_ids = []
+        request.num_computed = 0
+        request.phase = Phase.PREFILL
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.running.remove(request)
+        for policy in self._policies():
+            policy.on_preempt(request, now)
+        self.queue.push(request, now)
+
+    def _release(self, request: Request) -> None:
+        if request.block_ids:
+            self.pool.release(request.block_ids)
+            request.block_ids = []
+            self.running.remove(request)
+
+    def _policies(self) -> tuple[Policy, ...]:
+        # One object in both slots hears each event once.
+        if self.prefill_policy is self.decode_policy:
+            return (self.prefill_policy,)
+        return (self.prefill_policy, self.decode_policy)
+
+    # -- invariants ------------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless blocks, counters and states agree: for tests."""
+        self.pool.check_integrity([request.block_ids for request in self.running])
+        self.queue.check_integrity()
+        assert len(self.running) <= self.config.max_batch, "more requests run than the batch allows"
+        for request in self.running:
+            finished = request.status is Status.FINISHED
+            assert not finished or request.in_flight, f"{request.id} has ended and holds blocks"
+            enough = self.pool.blocks_for(request.num_computed)
+            assert len(request.block_ids) >= enough, f"{request.id} computed more than it holds"

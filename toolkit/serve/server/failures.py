@@ -1,0 +1,52 @@
+"""Errors as OpenAI's clients expect them: a status and `{"error": {...}}`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+
+from toolkit.errors import ToolkitError, UsageError
+from toolkit.serve.scheduler import QueueFullError
+from toolkit.serve.worker import EngineDeadError
+
+_TYPES = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> Any:
+    """Return OpenAI's error object."""
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def respond(
+    status: int, message: str, *, param: str | None = None, code: str | None = None
+) -> JSONResponse:
+    """Return an error response."""
+    return JSONResponse(body(status, message, param=param, code=code), status_code=status)
+
+
+def of_toolkit(error: ToolkitError, *, retry_after_s: int = 1) -> JSONResponse:
+    """Return the response to an error of ours: the client's fault, no room, or our own."""
+    if isinstance(error, QueueFullError):
+        response = respond(429, str(error), code="queue_full")
+        response.headers["Retry-After"] = str(retry_after_s)
+        return response
+    if isinstance(error, UsageError):
+        return respond(400, str(error))
+    if isinstance(error, EngineDeadError):
+        return respond(503, str(error), code="engine_dead")
+    return respond(500, str(error))
+
+
+def of_validation(error: RequestValidationError) -> JSONResponse:
+    """Return the response to a body that is not what the route takes: its first problem."""
+    first = error.errors()[0]
+    context = first.get("ctx") or {}
+    location = [str(part) for part in first["loc"] if part != "body"]
+    param = context.get("field") or ".".join(location) or None
+    message = first["msg"].removeprefix("Value error, ")
+    if param and "field" not in context:
+        message = f"{param}: {message}"
+    return respond(400, message, param=param, code=first["type"])

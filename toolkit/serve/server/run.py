@@ -1,0 +1,68 @@
+"""Start the server on a socket, say when it is ready, and drain it on SIGTERM."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from toolkit.errors import ToolkitError, UsageError
+from toolkit.serve.server import app
+from toolkit.serve.server.service import Service
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, saying when it is ready and when it begins to drain."""
+
+    def __init__(
+        self, config: uvicorn.Config, service: Service, on_ready: Callable[[], None] | None
+    ) -> None:
+        super().__init__(config)
+        self._service = service
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and self._on_ready is not None:
+            self._on_ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # What runs is finished, what comes on open connections is refused, new ones are not made.
+        self._service.draining = True
+        super().handle_exit(sig, frame)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a listening socket; port 0 takes a free one. Raises UsageError or ToolkitError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OverflowError as error:
+        raise UsageError(f"{port} is not a port number") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UsageError(
+                f"port {port} of {host} is in use", remedy="choose another, or 0 for a free one"
+            ) from error
+        raise ToolkitError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+
+
+def serve(
+    service: Service,
+    listener: socket.socket,
+    *,
+    drain_s: float = 30.0,
+    on_ready: Callable[[], None] | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then give open requests `drain_s` seconds to finish."""
+    config = uvicorn.Config(
+        app.create(service),
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=max(1, round(drain_s)),
+    )
+    _Server(config, service, on_ready).run(sockets=[listener])
