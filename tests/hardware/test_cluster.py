@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -213,3 +214,10 @@ def test_levels_are_checked():
         Level(oversubscription=0.5)
     with pytest.raises(UsageError, match="growing"):
         Cluster("c", (Group(node, 4),), (Level(num_nodes=2), Level(num_nodes=2), Level()))
+
+
+def test_the_file_in_the_documentation_works(tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "howto" / "add-a-device.md"
+    path = tmp_path / "lab.toml"
+    path.write_text(page.read_text().split("```toml\n")[1].split("```")[0])
+    assert find_cluster(str(path)).num_devices == 20

@@ -12,6 +12,8 @@ from toolkit.hardware.probe.timing import best_rate, durations
 from toolkit.units import MIB
 
 _DTYPES = ("float32", "float16", "bfloat16")
+GEMM_SIZE = 4096
+COPY_BYTES = 512 * MIB
 
 
 def measure(*, budget_s: float) -> list[dict[str, Any]]:
@@ -40,12 +42,12 @@ def _row(index: int, budget_s: float) -> dict[str, Any]:
     part_s = budget_s / (len(_DTYPES) + 2)
     flops = {}
     for dtype in _DTYPES:
-        size = 4096
+        size = GEMM_SIZE
         x = torch.randn(size, size, device=device).to(getattr(torch, dtype))
         weight = torch.randn(size, size, device=device).to(getattr(torch, dtype))
         multiply = synced(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight))  # type: ignore[misc]
         flops[dtype] = best_rate(2.0 * size**3, multiply, budget_s=part_s)
-    source = torch.empty(512 * MIB, dtype=torch.uint8, device=device)
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     # A copy reads and writes every byte.
     copied = best_rate(2.0 * source.numel(), synced(lambda: target.copy_(source)), budget_s=part_s)
