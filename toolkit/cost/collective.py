@@ -320,7 +320,8 @@ def cost(
         )
     name, (seconds, sent, inside, across) = min(found, key=lambda item: item[1][0])
     if algorithm in ("auto", "measured"):
-        measured = _measured(which, num_bytes, members, cluster, concurrent)
+        alone = span_.num_nodes == 1 and concurrent == 1
+        measured = _measured(which, num_bytes, members, cluster) if alone else None
         if measured is not None:
             name, seconds = "measured", measured
         elif algorithm == "measured":
@@ -328,21 +329,18 @@ def cost(
                 f"{which} was not measured for {len(members)} ranks of {cluster.name}",
                 remedy="probe the machine, or name another algorithm",
             )
-    traffic = {span_.link_in: inside, span_.link_out: across}
-    return CollectiveCost(
-        which, num_bytes, len(members), seconds, name, sent,
-        {link: total for link, total in traffic.items() if link and total},
-    )  # fmt: skip
+    traffic: dict[str, float] = {}
+    for link, total in ((span_.link_in, inside), (span_.link_out, across)):
+        if total:  # the same kind of link may serve both
+            traffic[link] = traffic.get(link, 0.0) + total
+    return CollectiveCost(which, num_bytes, len(members), seconds, name, sent, traffic)
 
 
 def _measured(
-    kind: Kind, num_bytes: float, ranks: tuple[int, ...], cluster: Cluster, concurrent: int
+    kind: Kind, num_bytes: float, ranks: tuple[int, ...], cluster: Cluster
 ) -> float | None:
-    machines = cluster.by_node(ranks)
-    if len(machines) > 1 or concurrent > 1:
-        return None
-    node = next(iter(machines.values()))[0].node
-    for fit in node.measured:
+    """Seconds by the line measured on the ranks' one machine, where there is one."""
+    for fit in cluster.place(ranks[0]).node.measured:
         if fit.kind == kind and fit.num_ranks == len(ranks):
             return fit.seconds(num_bytes)
     return None

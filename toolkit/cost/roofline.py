@@ -101,7 +101,9 @@ def default_coefficients(op_class: OpClass, device: Device) -> Coefficients:
     compute, memory = _REACH["measured" if device.measured else device.kind]
     class_compute, class_memory = _CLASS_REACH[op_class]
     ramp_s = _RAMP_S[device.kind] if op_class in MATRIX_CLASSES else 0.0
-    compute_saturation, memory_saturation = _saturation(device)
+    measured = len(device.unit_rates) > 1
+    saturations = _measured_saturation(device) if measured else _SATURATION[device.kind]
+    compute_saturation, memory_saturation = saturations
     return Coefficients(
         compute * class_compute,
         memory * class_memory,
@@ -112,10 +114,8 @@ def default_coefficients(op_class: OpClass, device: Device) -> Coefficients:
 
 
 @functools.lru_cache(maxsize=256)
-def _saturation(device: Device) -> tuple[Saturation, Saturation]:
-    """How compute and memory scale: by kind of device, or as this device was measured to."""
-    if len(device.unit_rates) < 2:
-        return _SATURATION[device.kind]
+def _measured_saturation(device: Device) -> tuple[Saturation, Saturation]:
+    """How compute and memory scale, as the device's rates at fewer units say."""
     flops = [(rate.num_units, rate.peak_flops["float32"]) for rate in device.unit_rates]
     reads = [(rate.num_units, rate.memory_bandwidth) for rate in device.unit_rates]
     return _nearest_saturation(flops), _nearest_saturation(reads)
