@@ -91,6 +91,8 @@ def _problem(home: Path, package: Package, *, verify: bool) -> str | None:
         return "not fetched yet"
     except FormatError as error:
         return error.message
+    except OSError as error:
+        return f"its manifest cannot be read: {error.strerror or error}"
     if body["wheel_sha256"] != package.wheel_sha256:
         return f"it holds another version than {package.requirement}"
     for item in body["files"]:
