@@ -74,6 +74,18 @@ def test_twenty_thousand_spans(tmp_path):
     assert found(document, "drawn") == ["20000"]
 
 
+def test_many_tracks_scroll_within_the_frame(tmp_path):
+    spans = tuple(Span("s", f"rank {at}", 0, 1) for at in range(300))
+    script = """
+    say("fits", plots[0].wide === frame.clientWidth);
+    frame.scrollTop = 1e6; settle(); press("0");
+    say("last", plots[0].rows.at(-1).y - frame.scrollTop < plots[0].high);
+    """
+    document = open_page(Timeline("many", spans), tmp_path, script)
+    assert found(document, "fits") == found(document, "last") == ["true"]
+    assert 0 < int(found(document, "drawn")[0]) < 300
+
+
 def test_a_name_that_ends_a_script_stays_a_name(tmp_path):
     name = "</script><script>document.documentElement.dataset.error='ran'</script>"
     span = Span(name, name, 0, 1, group=name, detail={name: name})
@@ -136,6 +148,15 @@ def test_hovering_tells_and_clicking_pins(step, tmp_path):
     assert "predicted duration" in tip
     assert "microbatch" in tip
     assert found(document, "pinned") == ["F0"]
+
+
+def test_names_too_long_for_the_picture_are_told_whole(tmp_path):
+    name = "a track whose name does not fit beside the picture"
+    script = """
+    point("pointermove", 20, 50); say("tip", document.getElementById("tip").innerText);
+    """
+    document = open_page(Timeline("t", (Span("s", name, 0, 1),)), tmp_path, script)
+    assert name in found(document, "tip")[0]
 
 
 def test_filtering_counts_and_steps_through_what_it_keeps(step, tmp_path):
