@@ -1,1 +1,20 @@
-"""TeleRAG: retrieval that fetches ahead while the model is still generating."""
+"""TeleRAG: retrieval that fetches ahead while the model is still generating.
+
+build_index(find_corpus("docs/"), Path("index"), Encoder.load())
+answer = ask(Retriever.open("index"), OpenAIGenerator("http://localhost:8000"), "How ...?")
+"""
+
+from toolkit.rag.answer import Answer, ask
+from toolkit.rag.build import Built, build_index
+from toolkit.rag.citations import Citation
+from toolkit.rag.corpus import Corpus, Document, Passage
+from toolkit.rag.embed import Encoder
+from toolkit.rag.generator import EndpointError, Generator, Message, OpenAIGenerator
+from toolkit.rag.retriever import Hit, Retriever
+from toolkit.rag.sources import find as find_corpus
+
+__all__ = [
+    "Answer", "Built", "Citation", "Corpus", "Document", "Encoder", "EndpointError", "Generator",
+    "Hit", "Message", "OpenAIGenerator", "Passage", "Retriever", "ask", "build_index",
+    "find_corpus",
+]  # fmt: skip

@@ -1,0 +1,249 @@
+"""Where documents come from: a folder, a file, JSONL, a data set, or Python's own documentation."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import FormatError, UsageError, require, unknown_name
+from toolkit.rag import python_docs
+from toolkit.rag.corpus import Corpus, Document, Line
+
+PYTHON_DOCS = "python-docs"
+DATASET = "datasets:"  # prefix: datasets:NAME[/CONFIG...][:SPLIT]
+
+_TEXT = """
+.txt .text .md .markdown .rst .adoc .org .tex .log .csv .tsv .py .pyi .c .h .cc .cpp .hpp .cu
+.java .go .rs .js .ts .sh .sql .toml .yaml .yml .ini .cfg .json .xml
+"""
+TEXT_SUFFIXES = frozenset(_TEXT.split())
+HTML_SUFFIXES = frozenset((".html", ".htm", ".xhtml"))
+JSONL_SUFFIXES = frozenset((".jsonl", ".ndjson"))
+
+Skipped = Callable[[str, str], None]
+
+
+def find(spec: str, *, text_field: str = "text") -> Corpus:
+    """Return the corpus that `spec` names.
+
+    `python-docs`; a folder (text, source code, HTML and JSONL below it); one such file; or
+    `datasets:NAME` (a Hugging Face data set, or a folder written by its save_to_disk), optionally
+    with `:SPLIT`. `text_field` is the field of JSONL records and data set rows that is read.
+
+    Raises UsageError when nothing of that name exists.
+    """
+    if spec == PYTHON_DOCS:
+        root = python_docs.root()
+        return Corpus(spec, root, lambda skipped: python_docs.documents(root, skipped))
+    if spec.startswith(DATASET):
+        name, _, split = spec.removeprefix(DATASET).partition(":")
+        rows = _dataset(name, split or "train")
+        return Corpus(spec, None, lambda skipped: _row_documents(name, rows, text_field, skipped))
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        root = path.resolve()
+        return Corpus(str(root), root, lambda skipped: _folder_documents(root, text_field, skipped))
+    if path.is_file():
+        file = path.resolve()
+        return Corpus(
+            str(file), file.parent,
+            lambda skipped: _file_documents(file, file.name, text_field, skipped),
+        )  # fmt: skip
+    if "/" not in spec and "." not in spec:
+        raise unknown_name("corpus", spec, [PYTHON_DOCS])
+    raise UsageError(
+        f"no such file or folder: {spec}",
+        remedy=f"give a folder, a file, {DATASET}NAME, or {PYTHON_DOCS}",
+    )
+
+
+def _folder_documents(root: Path, text_field: str, skipped: Skipped) -> Iterator[Document]:
+    """Yield the documents of every readable file below `root`, by path; hidden ones left out."""
+    for place, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if name.startswith("."):
+                continue
+            path = Path(place) / name
+            source = path.relative_to(root).as_posix()
+            if path.suffix.lower() in TEXT_SUFFIXES | HTML_SUFFIXES | JSONL_SUFFIXES:
+                yield from _file_documents(path, source, text_field, skipped)
+            else:
+                skipped(source, f"{path.suffix or 'a file without suffix'} is not read")
+
+
+def _file_documents(
+    path: Path, source: str, text_field: str, skipped: Skipped
+) -> Iterator[Document]:
+    suffix = path.suffix.lower()
+    if suffix in JSONL_SUFFIXES:
+        yield from _jsonl_documents(path, source, text_field)
+        return
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        skipped(source, error.strerror or str(error))
+        return
+    if "\0" in text:
+        skipped(source, "not text")
+    elif suffix in HTML_SUFFIXES:
+        yield html_document(text, source)
+    else:
+        yield text_document(text, source)
+
+
+def text_document(text: str, source: str) -> Document:
+    """Return a plain text, Markdown or source file as it is, titled by its first heading.
+
+    >>> text_document("# Guide\\n\\nHello.", "guide.md").title
+    'Guide'
+    """
+    title = Path(source).stem
+    if source.lower().endswith((".md", ".markdown")):
+        headings = (line.lstrip("#") for line in text.split("\n") if line.startswith("#"))
+        title = next((h.strip() for h in headings if h.strip()), title)
+    numbers = tuple(range(1, text.count("\n") + 2))
+    return Document(source, title, text, numbers, numbers)
+
+
+def html_document(text: str, source: str) -> Document:
+    """Return what a page says, without markup, scripts and navigation; lines are the file's."""
+    page = _Page()
+    page.feed(text)
+    page.close()
+    title = " ".join(page.title.split()) or Path(source).stem
+    return Document.of_lines(source, title, page.finished())
+
+
+# Elements inside a sentence; every other tag ends a paragraph.
+_INLINE_TAGS = """
+a abbr b bdi bdo cite code data del dfn em font i ins kbd mark q s samp small span strong
+sub sup time tt u var wbr
+"""
+_INLINE = frozenset(_INLINE_TAGS.split())
+_UNREAD = frozenset(("script", "style", "nav", "footer", "template", "noscript", "svg"))
+_VERBATIM = frozenset(("pre", "textarea"))
+
+
+class _Page(HTMLParser):
+    """Gathers readable lines, each with the line number of the page where it begins."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.title = ""
+        self._lines: list[Line] = []
+        self._unread = 0
+        self._verbatim = 0
+        self._in_title = False
+        self._open = False  # whether the last line may still grow
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._unread += tag in _UNREAD
+        self._verbatim += tag in _VERBATIM
+        self._in_title = tag == "title"
+        self._boundary(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        # A page may close what it never opened.
+        self._unread = max(0, self._unread - (tag in _UNREAD))
+        self._verbatim = max(0, self._verbatim - (tag in _VERBATIM))
+        self._in_title = False
+        self._boundary(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self._in_title:
+            self.title += data
+        elif not self._unread:
+            first = self.getpos()[0]
+            for offset, part in enumerate(data.split("\n")):
+                if offset:
+                    self._open = False
+                self._add(part, first + offset)
+
+    def _add(self, text: str, number: int) -> None:
+        if not self._verbatim:
+            words = " ".join(text.split())
+            text = f"{' ' if text[:1].isspace() else ''}{words}{' ' if text[-1:].isspace() else ''}"
+        if self._open:
+            before, first, _ = self._lines[-1]
+            self._lines[-1] = (before + text, first, number)
+        elif text.strip():
+            self._lines.append((text if self._verbatim else text.lstrip(), number, number))
+            self._open = True
+
+    def _boundary(self, tag: str) -> None:
+        if tag not in _INLINE and self._lines and self._lines[-1][0]:
+            self._open = False
+            number = self.getpos()[0]
+            self._lines.append(("", number, number))
+
+    def finished(self) -> list[Line]:
+        """Return the lines, without blank ones at the end."""
+        while self._lines and not self._lines[-1][0]:
+            self._lines.pop()
+        return [(line.rstrip(), first, last) for line, first, last in self._lines]
+
+
+def _jsonl_documents(path: Path, source: str, text_field: str) -> Iterator[Document]:
+    """Yield a document a record; its line is the record's line in the file."""
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise FormatError(f"{path}, line {number}: not JSON ({error.msg})") from error
+            where = f"{path}, line {number}"
+            text, title = _fields(record, text_field, where)
+            yield _row(source, title, text, number)
+
+
+def _row(source: str, title: str, text: str, number: int) -> Document:
+    numbers = (number,) * (text.count("\n") + 1)
+    return Document(source, title, text, numbers, numbers)
+
+
+def _fields(record: Any, text_field: str, where: str) -> tuple[str, str]:
+    if not isinstance(record, dict):
+        raise FormatError(f"{where}: a record is an object, not {type(record).__name__}")
+    text = record.get(text_field)
+    if not isinstance(text, str):
+        fields = [name for name, value in record.items() if isinstance(value, str)]
+        raise UsageError(
+            f"{where}: no text in the field {text_field!r}",
+            remedy=f"choose one with --text-field; it has: {', '.join(fields) or 'no text fields'}",
+        )
+    title = record.get("title")
+    return text, title if isinstance(title, str) else ""
+
+
+def _dataset(name: str, split: str) -> Iterable[Any]:
+    datasets = require("datasets", extra="rag")
+    try:
+        if Path(name).expanduser().is_dir() and (Path(name) / "state.json").is_file():
+            return datasets.load_from_disk(name)
+        if (Path(name) / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(name)[split]
+        return datasets.load_dataset(name, split=split, streaming=True)
+    except (OSError, ValueError, KeyError) as error:
+        # `datasets` raises these for a wrong name, a missing split and an unreachable hub.
+        raise UsageError(
+            f"the data set {name!r} (split {split!r}) cannot be opened: {error}",
+            remedy="check its name and split, and that it is on this disk or the hub is reachable",
+        ) from error
+
+
+def _row_documents(
+    name: str, rows: Iterable[Any], text_field: str, skipped: Skipped
+) -> Iterator[Document]:
+    for number, row in enumerate(rows, start=1):
+        text, title = _fields(row, text_field, f"{name}, row {number}")
+        if text.strip():
+            yield _row(name, title, text, number)
+        else:
+            skipped(f"{name}:{number}", "an empty row")
