@@ -2,7 +2,7 @@
 
 Matrix products, attention and convolutions count a multiply-add as 2 FLOPs and agree exactly with
 torch's FlopCounterMode. The other classes are bound by the bytes they move; their FLOPs are a few
-per element (`_ELEMENTWISE`, `_NORM`) and only order of magnitude. Bytes are compulsory traffic:
+per element (`ELEMENTWISE`, `_NORM`) and only order of magnitude. Bytes are compulsory traffic:
 each distinct input once (an expanded one as what it really holds), each output once.
 
 An operator that is not here is an error, never free. To add one: docs/howto/add-an-op.md.
@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from toolkit.cost.work import OpClass, Work
 from toolkit.errors import ToolkitError
+from toolkit.ir import einsum
 from toolkit.ir.graph import Op, OpGraph, Ref, Tensor, refs
 from toolkit.ir.storage import VIEWS
 
@@ -163,16 +164,12 @@ def _einsum(op: Op, graph: OpGraph) -> Work:
 
 def contractions(op: Op, graph: OpGraph) -> list[dict[str, int]]:
     """The sizes of the labels in each pairwise product of an einsum, taken left to right."""
-    left, _, result = str(op.arguments["equation"]).replace(" ", "").partition("->")
-    labels = left.split(",")
     operands = [graph.tensors[name] for name in refs(op.arguments["tensors"])]
-    if "." in left:
-        raise ToolkitError(f"{op.name}: einsum with an ellipsis is not counted: {left}")
-    size = {
-        label: dim
-        for text, tensor in zip(labels, operands, strict=True)
-        for label, dim in zip(text, tensor.shape, strict=True)
-    }
+    labels, result = einsum.labels(op.arguments["equation"], [len(t.shape) for t in operands])
+    size: dict[str, int] = {}
+    for text, tensor in zip(labels, operands, strict=True):
+        for label, dim in zip(text, tensor.shape, strict=True):
+            size[label] = max(dim, size.get(label, 1))
     products, held = [], set(labels[0])
     for index in range(1, len(labels)):
         together = held | set(labels[index])
@@ -249,10 +246,18 @@ def _scatter(op: Op, graph: OpGraph) -> Work:
     )  # fmt: skip
 
 
+@formula("toolkit.extend")
+def _extend(op: Op, graph: OpGraph) -> Work:
+    """Appending to a cache moves the new entries only; what is not cached is made whole."""
+    x, out = graph.tensors[op.inputs[0]], graph.tensors[op.outputs[0]]
+    written = x.num_bytes if op.arguments["cached"] else out.num_bytes
+    return Work("copy", read_bytes=x.num_bytes, write_bytes=written, dtype=out.dtype)
+
+
 # Everything that reads its inputs and writes its outputs -------------------------------------
 
 # FLOPs an element, of the larger of input and output.
-_ELEMENTWISE = {
+ELEMENTWISE = {
     1: "add sub rsub mul div neg abs relu clamp clamp_min clamp_max maximum minimum eq ne lt le gt "
        "ge __and__ __or__ __xor__ logical_and logical_or logical_not logical_xor bitwise_not "
        "bitwise_and bitwise_or where masked_fill floor ceil round trunc sign square floor_divide "
@@ -352,7 +357,7 @@ def _view(op: Op, graph: OpGraph) -> Work:
 
 def _register() -> None:
     tables: tuple[tuple[OpClass, dict[int, str]], ...] = (
-        ("elementwise", _ELEMENTWISE), ("reduction", _REDUCTION), ("norm", _NORM),
+        ("elementwise", ELEMENTWISE), ("reduction", _REDUCTION), ("norm", _NORM),
         ("copy", {0: " ".join(_COPY)}),
     )  # fmt: skip
     for op_class, table in tables:

@@ -228,10 +228,16 @@ def _attention(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[_Inner | st
     yield _Inner("scaled_query", query.num_bytes)
     yield _Inner("scaled_key", key.num_bytes)
     yield _Inner("weights", _bytes(scores, query.dtype))
-    yield value.name
+    # The product wants batch and heads as one dim: a transposed view is copied for it.
+    yield _Inner("value", value.num_bytes) if value.is_view else value.name
     if dropout:
         yield _Inner("dropout_mask", _bytes(scores, query.dtype))
         yield _Inner("dropped", _bytes(scores, query.dtype))
+
+
+@_rule("toolkit.extend")
+def _extend(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[str]:
+    return iter(())
 
 
 for _text, _names in _TABLE.items():

@@ -98,17 +98,32 @@ class Evaluator:
 
 
 def at(graph: OpGraph, sizes: Mapping[str, int]) -> OpGraph:
-    """Return `graph` evaluated at `sizes`; those not named keep their value."""
+    """Return `graph` evaluated at `sizes`; those not named keep their value.
+
+    `tokens` are a sequence's new (query) tokens and `context` the keys they attend to, which is
+    `tokens` unless given: naming it makes the graph that of a model with a cache (see context.py).
+    """
+    if "context" in sizes and "context" not in graph.sizes and "tokens" in graph.sizes:
+        if sizes["context"] == sizes.get("tokens", graph.sizes["tokens"]):
+            sizes = {name: value for name, value in sizes.items() if name != "context"}
+        else:
+            from toolkit.ir import context
+
+            graph = context.with_cache(graph)
     wanted = _checked(graph, sizes)
-    if wanted == dict(graph.sizes):
-        return graph
-    assert graph.scaling is not None
-    new = evaluated(graph, wanted)
-    return new
+    if wanted.get("context", wanted.get("tokens", 0)) < wanted.get("tokens", 0):
+        raise UsageError(
+            f"context={wanted['context']} is less than tokens={wanted['tokens']}",
+            remedy="the context counts the new tokens too",
+        )
+    return graph if wanted == dict(graph.sizes) else evaluated(graph, wanted)
 
 
 def evaluated(graph: OpGraph, wanted: Mapping[str, int]) -> OpGraph:
-    """Evaluate every varying shape and argument of `graph` at `wanted`."""
+    """Evaluate every varying shape and argument of `graph` at `wanted`.
+
+    Raises UsageError where the sizes do not fit (windows that do not tile an image).
+    """
     scaling = graph.scaling
     assert scaling is not None
     evaluate_all = Evaluator(wanted)
@@ -122,7 +137,26 @@ def evaluated(graph: OpGraph, wanted: Mapping[str, int]) -> OpGraph:
         if op.name in scaling.arguments else op
         for op in graph.ops
     )  # fmt: skip
-    return replace(graph, ops=ops, tensors=tensors, sizes=dict(wanted))
+    made = replace(graph, ops=ops, tensors=tensors, sizes=dict(wanted))
+    _check_views(made)
+    return made
+
+
+_RESHAPES = frozenset({"aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten"})
+
+
+def _check_views(graph: OpGraph) -> None:
+    """A size that rounds down somewhere shows where as many elements must come out as go in."""
+    for op in graph.ops:
+        if op.kind not in _RESHAPES:
+            continue
+        before, after = graph.tensors[op.inputs[0]], graph.tensors[op.outputs[0]]
+        if before.numel != after.numel:
+            sizes = ", ".join(f"{name}={value}" for name, value in graph.sizes.items())
+            raise UsageError(
+                f"{graph.name} does not fit {sizes}: {op.name} ({op.source}) would make "
+                f"{after.shape} of {before.shape}"
+            )
 
 
 def _checked(graph: OpGraph, sizes: Mapping[str, int]) -> dict[str, int]:

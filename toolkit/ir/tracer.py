@@ -19,7 +19,7 @@ from torch.export.graph_signature import InputKind
 
 from toolkit import log
 from toolkit.errors import ToolkitError
-from toolkit.ir import capture, formulas, storage
+from toolkit.ir import attention, capture, formulas, storage
 from toolkit.ir.capture import Axes, Captured
 from toolkit.ir.graph import Argument, Constant, Op, OpGraph, Ref, Tensor
 from toolkit.ir.scale import Evaluator, Scaling, Size
@@ -65,7 +65,7 @@ def trace(
     cannot trace the model, and when an operator has no formula (none is ever taken as free).
     """
     captured = capture.capture(module, args, kwargs or {}, axes)
-    graph = _Builder(module, captured, name).graph()
+    graph = attention.as_eager(_Builder(module, captured, name).graph())
     formulas.check(graph)
     return graph
 
@@ -123,9 +123,6 @@ class _Builder:
         inputs = tuple(self._placeholders())
         outputs = self._body(self.captured.program.graph_module, grad_enabled=True)
         shapes = {name: shape for name, shape in self.shapes.items() if _varies(shape)}
-        if "tokens" in bounds and "context" not in sizes:
-            # A whole sequence attends to itself: as many keys as queries.
-            bounds["context"] = bounds["tokens"]
         return OpGraph(
             name=self.name,
             ops=tuple(self.ops),
