@@ -27,8 +27,8 @@ def list_(as_json: view.Json = False) -> None:
     from toolkit.models import weights
 
     zoo = [models.load(name) for name in models.names()]
-    value = {
-        "models": [
+    with view.progress(quiet=as_json) as bar:
+        listed = [
             {
                 "name": model.name,
                 "family": model.family,
@@ -36,8 +36,10 @@ def list_(as_json: view.Json = False) -> None:
                 "summary": model.summary,
                 "source": model.source,
             }
-            for model in zoo
-        ],
+            for model in bar.track(zoo, description="counting parameters")
+        ]
+    value = {
+        "models": listed,
         "weights": [_weights_row(built_in) for built_in in weights.BUILTINS.values()],
     }
 

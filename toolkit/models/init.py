@@ -41,8 +41,10 @@ def initialise(module: nn.Module, *, seed: int = 0, prefix: str = "") -> nn.Modu
         for owner, part in module.named_modules():
             is_norm = isinstance(part, nn.LayerNorm | nn.RMSNorm)
             for name, parameter in part.named_parameters(recurse=False):
-                if id(parameter) in done or parameter.is_meta:
+                if id(parameter) in done:
                     continue
+                if parameter.is_meta:
+                    raise ValueError(f"{owner}.{name} has no memory: call materialise first")
                 done.add(id(parameter))
                 if name == "bias":
                     parameter.zero_()
