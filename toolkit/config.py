@@ -29,7 +29,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Return the file's tables. Raises UsageError when missing, FormatError when not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise UsageError(f"no such file: {path}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FormatError(f"{path} is not valid TOML: {error}") from error

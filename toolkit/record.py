@@ -41,10 +41,11 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
     The data is on disk before the rename, and the rename before the return (fsync of file and
     folder), so a crash or a full disk leaves the old file or the new one, never a torn one.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
+    temporary: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
@@ -62,7 +63,8 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise ToolkitError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -122,9 +124,9 @@ def read(path: Path, *, kind: str, version: int) -> dict[str, Any]:
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise UsageError(f"no such file: {path}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too deep, too long
         raise FormatError(f"{path} is corrupt: {error}", remedy="write it again") from error
     found = record.get("format") if isinstance(record, dict) else None
     if found != f"toolkit/{kind}":

@@ -15,7 +15,7 @@ _BYTES = {
     "kib": KIB, "mib": MIB, "gib": GIB, "tib": 1024**4,
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
 }  # fmt: skip
-_SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0, "h": 3600.0}
+_SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "min": 60.0, "h": 3600.0}
 _QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([a-zA-Z]*)\s*")
 
 
@@ -25,7 +25,10 @@ def _parse(text: str, what: str, units: dict[str, float] | dict[str, int]) -> fl
     if not found or unit not in units:
         known = ", ".join(name for name in units if name)
         raise UsageError(f"{text!r} is not {what}", remedy=f"write a number and one of: {known}")
-    return float(found[1]) * units[unit]
+    value = float(found[1]) * units[unit]
+    if not math.isfinite(value):
+        raise UsageError(f"{text!r} is too large for {what}")
+    return value
 
 
 def parse_bytes(text: str) -> int:
@@ -54,7 +57,9 @@ def _scaled(value: float, steps: list[tuple[float, str]]) -> str:
         # 999.95 would print as "1000": move up a unit as soon as three digits round over.
         if abs(value) >= next_size * 0.9995:
             size, unit = next_size, next_unit
-    return f"{value / size:.3g} {unit}"
+    shown = value / size
+    # Binary units run to 1023 before the next one begins.
+    return f"{shown:.3g} {unit}" if abs(shown) < 999.5 else f"{shown:.0f} {unit}"
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -104,13 +109,16 @@ def format_seconds(seconds: float) -> str:
     >>> format_seconds(0.00125), format_seconds(41.12), format_seconds(90), format_seconds(7300)
     ('1.25 ms', '41.1 s', '1 min 30 s', '2 h 1 min')
     """
-    if abs(seconds) < 59.95:
-        if seconds != 0 and abs(seconds) < 0.9995e-6:
-            return f"{seconds * 1e9:.3g} ns"
-        return _scaled(seconds * 1e6, [(1, "us"), (1e3, "ms"), (1e6, "s")]) if seconds else "0 s"
-    if seconds < 3600:
-        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
-    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
+    if seconds == 0:
+        return "0 s"
+    if seconds < 0:
+        return f"-{format_seconds(-seconds)}"
+    if seconds < 59.95:
+        return _scaled(seconds * 1e9, [(1, "ns"), (1e3, "us"), (1e6, "ms"), (1e9, "s")])
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def format_count(count: float) -> str:

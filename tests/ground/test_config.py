@@ -81,7 +81,6 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     assert config.cache_dir() == Path.home() / ".cache" / "toolkit"
 
 
-@pytest.mark.xfail(strict=True, raises=NotADirectoryError, reason="known gap of toolkit.config")
 def test_a_path_through_a_file_is_a_usage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError):

@@ -172,7 +172,6 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
     assert done.stderr == ""
 
 
-@pytest.mark.xfail(strict=True, reason="known gap of toolkit.cli.view: cells are read as markup")
 def test_a_table_shows_square_brackets_as_they_are(monkeypatch, capsys):
     monkeypatch.setattr(view, "out", Console(width=100))
     view.emit({}, as_json=False, render=lambda: view.table("t", ["c"], [["toolkit[serve]"]]))

@@ -8,7 +8,6 @@ from typing import Any
 
 import typer
 from rich.console import Group
-from rich.markup import escape
 from rich.text import Text
 
 from toolkit.cli import diagnosis, inspection, view
@@ -138,7 +137,7 @@ def _findings(found: tuple[diagnosis.Finding, ...]) -> Any:
 
 def _table(title: str, columns: list[str], rows: Sequence[Sequence[str]]) -> Any:
     # 'toolkit[serve]' holds what a table would take for markup.
-    return view.table(title, columns, [[escape(cell) for cell in row] for row in rows])
+    return view.table(title, columns, rows)
 
 
 def _bytes(num_bytes: int | None) -> str:

@@ -12,7 +12,9 @@ from toolkit import units
 from toolkit.cli import view
 from toolkit.errors import UsageError, unknown_name
 
-app = typer.Typer(help="The model zoo, and weights: list, show, get.", no_args_is_help=True)
+app = typer.Typer(
+    help="The model zoo, and weights: list, show, get.", no_args_is_help=True, add_completion=False
+)
 
 
 @app.command("list")

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console, Group
-from rich.markup import escape
 
 from toolkit import record
 from toolkit.cli import view
@@ -119,7 +118,7 @@ def _load(paths: list[Path], *, merge: bool) -> list[Timeline]:
 def _table(timeline: Timeline) -> Any:
     headers, rows = summary.table(summary.tracks(timeline))
     # A track may be called anything, square brackets included.
-    return view.table("Time by track", headers, [[escape(cell) for cell in row] for row in rows])
+    return view.table("Time by track", headers, rows)
 
 
 def _text(timelines: list[Timeline]) -> str:

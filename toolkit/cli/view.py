@@ -6,10 +6,10 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,7 +18,9 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.protocol import is_renderable
 from rich.table import Table
+from rich.text import Text
 
 from toolkit.errors import ToolkitError
 
@@ -38,8 +40,11 @@ def emit(value: Any, *, as_json: bool, render: Callable[[], Any]) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """Return a table; a column named with a trailing ">" is right-aligned (numbers)."""
-    made = Table(title=title, title_justify="left", header_style="bold", title_style="bold")
+    """Return a table; a column named with a trailing ">" is right-aligned (numbers).
+
+    Text is shown as it is, square brackets included; a cell may also be any rich renderable.
+    """
+    made = Table(title=Text(title), title_justify="left", header_style="bold", title_style="bold")
     for column in columns:
         made.add_column(
             column.removesuffix(">"),
@@ -47,8 +52,14 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
             overflow="fold",
         )
     for row in rows:
-        made.add_row(*(str(cell) for cell in row))
+        made.add_row(*(_cell(cell) for cell in row))
     return made
+
+
+def _cell(cell: Any) -> RenderableType:
+    if is_renderable(cell) and not isinstance(cell, str):
+        return cast("RenderableType", cell)
+    return Text(str(cell))
 
 
 @contextlib.contextmanager

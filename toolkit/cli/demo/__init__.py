@@ -15,7 +15,7 @@ from toolkit.cli import view
 from toolkit.cli.demo import steps
 from toolkit.units import format_seconds
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 # What the progress bar says, and what is done.
 _STEPS: tuple[tuple[str, Callable[[steps.Setting], steps.Found]], ...] = (
