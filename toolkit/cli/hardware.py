@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from toolkit.hardware.probe import Result
 
 app = typer.Typer(
-    help="Devices and clusters: list, show, probe this machine.", no_args_is_help=True
+    help="Devices and clusters: list, show, probe this machine.",
+    no_args_is_help=True,
+    add_completion=False,
 )
 
 
