@@ -121,7 +121,7 @@ def run(
             view.out.print(_ready_table(ready))
 
     service = Service(assembly.engine, assembly.tokenizer, served, assembly.vocab_size)
-    server.serve(service, listener, drain_s=drain_s, on_ready=announce)
+    server.Server(service, drain_s=drain_s, on_ready=announce).run(sockets=[listener])
 
 
 @app.command()

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import Protocol
 
-from toolkit.serve.batch import Batch
+from toolkit.serve.batch import Batch, StepResult
 from toolkit.serve.clock import Clock
 from toolkit.serve.executor.base import Executor
 from toolkit.serve.journal import Journal
@@ -95,7 +95,7 @@ class Engine:
         """Advance every scheduled request once; report what they produced."""
         start_s = self.clock.now()
         batch = self.scheduler.schedule(start_s)
-        result = self.executor.run(batch)
+        result = self._run(batch)
         end_s = self.clock.now()
         drawn = self.scheduler.update(batch, result.token_ids, end_s, end_s - start_s)
         return self._postprocess(batch, drawn, start_s, end_s)
@@ -104,10 +104,21 @@ class Engine:
         """Return the engine's recent steps and finished requests as spans."""
         return self.journal.timeline(title)
 
+    def _run(self, batch: Batch) -> StepResult:
+        try:
+            return self.executor.run(batch)
+        except BaseException:
+            # Interrupted at the keyboard, most likely: the requests can still be gone on with.
+            self.scheduler.cancel(batch)
+            raise
+
     def _postprocess(
         self, batch: Batch, drawn: list[Token], start_s: float, end_s: float
     ) -> StepReport:
-        self.journal.step(batch, start_s, end_s)
+        queue, pool = self.scheduler.queue, self.scheduler.pool
+        self.journal.step(
+            batch, start_s, end_s, num_waiting=queue.num_requests, kv_usage=pool.usage
+        )
         outputs = []
         for token in drawn:
             request, reason, text = token.request, token.finish_reason, ""

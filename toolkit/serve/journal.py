@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 
 from toolkit.serve.batch import Batch
 from toolkit.serve.request import Phase, Request
-from toolkit.timeline import Source, Span, Timeline
+from toolkit.timeline import Counter, Source, Span, Timeline
 
-_Step = tuple[int, float, float, tuple[tuple[Phase, int, int], ...]]
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    number: int
+    start_s: float
+    end_s: float
+    loads: tuple[tuple[Phase, int, int], ...]
+    num_waiting: int
+    kv_usage: float
 
 
 class Journal:
@@ -19,36 +28,51 @@ class Journal:
         self._steps: deque[_Step] = deque(maxlen=capacity)
         self._requests: deque[Request] = deque(maxlen=max(1, capacity // 10))
 
-    def step(self, batch: Batch, start_s: float, end_s: float) -> None:
-        """Note that `batch` ran from `start_s` to `end_s`."""
+    def step(
+        self, batch: Batch, start_s: float, end_s: float, *, num_waiting: int, kv_usage: float
+    ) -> None:
+        """Note that `batch` ran from `start_s` to `end_s`, and what queue and cache held then."""
         counts: dict[Phase, list[int]] = {}
         for piece in batch.slices:
             count = counts.setdefault(piece.phase, [0, 0])
             count[0] += 1
             count[1] += piece.num_tokens
-        loads = tuple((phase, *count) for phase, count in counts.items())
-        self._steps.append((batch.step, start_s, end_s, loads))  # type: ignore[arg-type]
+        loads = tuple((phase, number, tokens) for phase, (number, tokens) in counts.items())
+        self._steps.append(_Step(batch.step, start_s, end_s, loads, num_waiting, kv_usage))
 
     def finished(self, request: Request) -> None:
         """Note a request that has ended; its own times say the rest."""
         self._requests.append(request)
 
     def timeline(self, title: str) -> Timeline:
-        """Return tracks `prefill` and `decode` (steps), then one per request.
+        """Return tracks `prefill` and `decode` (steps), then one per request, and two counters.
 
-        A mixed step computes both phases at once, so it is a span on both tracks.
+        A mixed step computes both phases at once, so it is a span on both tracks. Safe to call
+        from another thread than the engine's.
         """
+        steps = self._steps.copy()
         spans: list[Span] = []
-        for step, start_s, end_s, loads in list(self._steps):
-            for phase, num_requests, num_tokens in loads:
-                detail = {"step": step, "requests": num_requests, "tokens": num_tokens}
+        for step in steps:
+            for phase, num_requests, num_tokens in step.loads:
+                detail = {"step": step.number, "requests": num_requests, "tokens": num_tokens}
                 name = f"{num_tokens} tokens" if phase is Phase.PREFILL else f"batch {num_requests}"
-                track = phase.value
-                spans.append(Span(name, track, start_s, end_s, self.source, phase.value, detail))
+                span = (name, phase.value, step.start_s, step.end_s, self.source, phase.value)
+                spans.append(Span(*span, detail))
         spans.sort(key=lambda span: span.track != Phase.PREFILL.value)
-        for request in list(self._requests):
+        for request in self._requests.copy():
             spans += self._life(request)
-        return Timeline(title, tuple(spans))
+        counters = (
+            Counter(
+                "KV cache used",
+                tuple((s.start_s, 100 * s.kv_usage) for s in steps),
+                self.source,
+                "%",
+            ),
+            Counter(
+                "requests waiting", tuple((s.start_s, s.num_waiting) for s in steps), self.source
+            ),
+        )
+        return Timeline(title, tuple(spans), counters if steps else ())
 
     def _life(self, request: Request) -> list[Span]:
         """Queued, prefill, decode: as far as the request came before it ended."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from toolkit.errors import ToolkitError
 from toolkit.serve.assemble import EngineSettings, assemble
+from toolkit.serve.engine import Output
 from toolkit.serve.request import FinishReason, Request, SamplingParams
 from toolkit.timeline import Timeline
 
@@ -65,6 +67,15 @@ class LLM:
         ids = self.tokenizer.chat(messages)
         return self._complete([ids], params or SamplingParams(), on_text)[0]
 
+    def stream(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None
+    ) -> Iterator[str]:
+        """Yield the answer to a conversation in pieces; leaving the loop early ends generation."""
+        requests = self._queue([self.tokenizer.chat(messages)], params or SamplingParams())
+        for output in self._run(requests):
+            if output.text:
+                yield output.text
+
     def timeline(self) -> Timeline:
         """Return the measured spans of recent steps and requests."""
         return self.engine.timeline(f"serving {self.name}")
@@ -79,40 +90,47 @@ class LLM:
         params: SamplingParams,
         on_text: Callable[[int, str], None] | None,
     ) -> list[Completion]:
+        requests = self._queue(prompts, params)
+        index = {request.id: i for i, request in enumerate(requests)}
+        texts = [""] * len(requests)
+        reasons: list[FinishReason | None] = [None] * len(requests)
+        for output in self._run(requests):
+            at = index[output.request.id]
+            texts[at] += output.text
+            reasons[at] = output.finish_reason
+            if on_text is not None and output.text:
+                on_text(at, output.text)
+        return [
+            _completion(request, text, reason)
+            for request, text, reason in zip(requests, texts, reasons, strict=True)
+        ]
+
+    def _queue(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Request]:
+        if self.engine.has_work:
+            raise ToolkitError(
+                "this LLM is in the middle of a stream", remedy="read it to its end, or close it"
+            )
+        now = self.engine.clock.now()
         requests = []
         for ids in prompts:
             self._num_requests += 1
-            requests.append(
-                Request(
-                    f"offline-{self._num_requests}",
-                    tuple(ids),
-                    params,
-                    arrival_s=self.engine.clock.now(),
-                )
-            )
+            name = f"offline-{self._num_requests}"
+            requests.append(Request(name, tuple(ids), params, arrival_s=now))
         for request in requests:
             # All are checked before any is queued, so that an error leaves nothing behind.
             self.engine.scheduler.validate(request)
         for request in requests:
             self.engine.add(request, self.tokenizer.stream(request.prompt_ids, params.stop))
-        index = {request.id: i for i, request in enumerate(requests)}
-        texts = [""] * len(requests)
-        reasons: list[FinishReason | None] = [None] * len(requests)
+        return requests
+
+    def _run(self, requests: Sequence[Request]) -> Iterator[Output]:
+        """Yield what the engine produces until all is done; abort the rest when left early."""
         try:
             while self.engine.has_work:
-                for output in self.engine.step().outputs:
-                    at = index[output.request.id]
-                    texts[at] += output.text
-                    reasons[at] = output.finish_reason
-                    if on_text is not None and output.text:
-                        on_text(at, output.text)
+                yield from self.engine.step().outputs
         finally:
             for request in requests:
                 self.engine.abort(request)
-        return [
-            _completion(request, text, reason)
-            for request, text, reason in zip(requests, texts, reasons, strict=True)
-        ]
 
 
 def _many(prompts: Any) -> list[Prompt]:

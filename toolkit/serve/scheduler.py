@@ -219,6 +219,13 @@ class Scheduler:
             drawn.append(Token(request, token_id, index, now - before_s, reason))
         return drawn
 
+    def cancel(self, batch: Batch) -> None:
+        """Take back a step that was not completed; its slices will be scheduled again."""
+        for piece in batch.slices:
+            piece.request.in_flight = False
+            if piece.request.status is Status.FINISHED:
+                self._release(piece.request)
+
     def _decode_slices(self, now: float) -> Iterator[Slice]:
         ready = [r for r in self.running if r.phase is Phase.DECODE and not r.in_flight]
         ready.sort(key=lambda request: self.decode_policy.key(request, None, now))

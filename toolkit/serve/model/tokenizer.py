@@ -41,7 +41,14 @@ class Tokenizer:
         return bool(self._pretrained.chat_template)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Return the token ids of `text`, with whatever the model wants at its start."""
+        """Return the token ids of `text`, with whatever the model wants at its start.
+
+        Raises UsageError for half a surrogate pair, which JSON can carry and no text contains.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"the text is not Unicode: {error.reason} at {error.start}") from error
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 

@@ -20,7 +20,7 @@ from toolkit.serve.server import failures
 from toolkit.serve.server.protocol import ChatRequest, CompletionRequest
 from toolkit.serve.server.responses import CHAT, COMPLETION, Answer
 from toolkit.serve.server.service import Service
-from toolkit.timeline import Span
+from toolkit.timeline import files
 
 
 def create(service: Service) -> FastAPI:
@@ -47,6 +47,10 @@ def create(service: Service) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def _http(_: Request, error: HTTPException) -> JSONResponse:
         return failures.respond(error.status_code, str(error.detail))
+
+    @app.exception_handler(Exception)
+    async def _bug(_: Request, error: Exception) -> JSONResponse:
+        return failures.respond(500, f"internal error: {type(error).__name__}")
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -96,9 +100,9 @@ def create(service: Service) -> FastAPI:
 
     @app.get("/timeline")
     async def timeline() -> dict[str, Any]:
-        """The engine's recent steps and requests as measured spans."""
+        """The engine's recent steps and requests: the body of a timeline record."""
         shown = await asyncio.to_thread(service.engine.timeline, f"serving {service.model_name}")
-        return {"title": shown.title, "spans": [_span(span) for span in shown.spans]}
+        return files.to_json(shown)
 
     return app
 
@@ -159,16 +163,4 @@ def _model(name: str, created: int, context: int) -> dict[str, Any]:
         "created": created,
         "owned_by": "toolkit",
         "max_model_len": context,
-    }
-
-
-def _span(span: Span) -> dict[str, Any]:
-    return {
-        "name": span.name,
-        "track": span.track,
-        "start_s": span.start_s,
-        "end_s": span.end_s,
-        "source": span.source,
-        "group": span.group,
-        "detail": dict(span.detail),
     }

@@ -44,6 +44,9 @@ def of_validation(error: RequestValidationError) -> JSONResponse:
     """Return the response to a body that is not what the route takes: its first problem."""
     first = error.errors()[0]
     context = first.get("ctx") or {}
+    if first["type"] == "json_invalid":
+        problem = f"the body is not valid JSON: {context.get('error', first['msg'])}"
+        return respond(400, problem, code="json_invalid")
     location = [str(part) for part in first["loc"] if part != "body"]
     param = context.get("field") or ".".join(location) or None
     message = first["msg"].removeprefix("Value error, ")

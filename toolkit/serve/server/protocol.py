@@ -62,7 +62,7 @@ class StreamOptions(BaseModel):
 class _Body(BaseModel):
     """What both kinds of completion have in common. `None` is OpenAI's way to say "default"."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     _default_max_tokens: ClassVar[int | None] = None
 
     model: str

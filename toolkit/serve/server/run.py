@@ -1,4 +1,4 @@
-"""Start the server on a socket, say when it is ready, and drain it on SIGTERM."""
+"""Run the server on a socket, say when it is ready, and drain it on SIGTERM."""
 
 from __future__ import annotations
 
@@ -14,12 +14,24 @@ from toolkit.serve.server import app
 from toolkit.serve.server.service import Service
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, saying when it is ready and when it begins to drain."""
+class Server(uvicorn.Server):
+    """The application under uvicorn: says when it is ready, and drains before it stops."""
 
     def __init__(
-        self, config: uvicorn.Config, service: Service, on_ready: Callable[[], None] | None
+        self,
+        service: Service,
+        *,
+        drain_s: float = 30.0,
+        on_ready: Callable[[], None] | None = None,
     ) -> None:
+        """`drain_s` is what open requests get to finish after SIGTERM or SIGINT."""
+        config = uvicorn.Config(
+            app.create(service),
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            timeout_graceful_shutdown=max(1, round(drain_s)),
+        )
         super().__init__(config)
         self._service = service
         self._on_ready = on_ready
@@ -48,21 +60,3 @@ def bind(host: str, port: int) -> socket.socket:
                 f"port {port} of {host} is in use", remedy="choose another, or 0 for a free one"
             ) from error
         raise ToolkitError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-
-
-def serve(
-    service: Service,
-    listener: socket.socket,
-    *,
-    drain_s: float = 30.0,
-    on_ready: Callable[[], None] | None = None,
-) -> None:
-    """Serve until SIGTERM or SIGINT, then give open requests `drain_s` seconds to finish."""
-    config = uvicorn.Config(
-        app.create(service),
-        log_config=None,
-        access_log=False,
-        lifespan="on",
-        timeout_graceful_shutdown=max(1, round(drain_s)),
-    )
-    _Server(config, service, on_ready).run(sockets=[listener])
