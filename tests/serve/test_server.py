@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -256,11 +257,12 @@ def test_errors_have_openai_shape(served: Running) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         ask(served, model="other")
     assert caught.value.code == "model_not_found"
-    torn = httpx.post(
-        f"{served.url}/v1/completions", content=b"{", headers={"content-type": "application/json"}
-    )
-    assert torn.status_code == 400
-    assert "not valid JSON" in torn.json()["error"]["message"]
+    url, json_type = f"{served.url}/v1/completions", {"content-type": "application/json"}
+    half_a_pair = b'{"model": "tiny", "prompt": "\\ud800"}'
+    for content, message in ((b"{", "not valid JSON"), (half_a_pair, "not Unicode")):
+        refused = httpx.post(url, content=content, headers=json_type)
+        assert refused.status_code == 400
+        assert message in refused.json()["error"]["message"]
     for response in (httpx.get(f"{served.url}/nowhere"), httpx.get(f"{served.url}/v1/completions")):
         assert response.status_code in (404, 405)
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
@@ -388,9 +390,11 @@ def test_metrics_carry_vllms_names(served: Running) -> None:
     assert served.metric("vllm:generation_tokens_total") == 8
 
 
-def test_timeline_is_served(served: Running) -> None:
+def test_timeline_is_served(served: Running, tmp_path: Path) -> None:
     ask(served)
-    timeline = files.from_json(httpx.get(f"{served.url}/timeline").json())
+    path = tmp_path / "served.json"
+    path.write_bytes(httpx.get(f"{served.url}/timeline").content)
+    timeline = files.load(path)
     assert {track for track, _ in timeline.tracks} == {"prefill", "decode", "request 0"}
     assert len(timeline.on("decode", "measured")) >= 7
 

@@ -18,7 +18,12 @@ from toolkit.units import format_bytes, parse_bytes, parse_seconds
 if TYPE_CHECKING:
     from toolkit.serve.assemble import EngineSettings
 
-app = typer.Typer(help="Serve a model over an OpenAI-compatible API.", no_args_is_help=True)
+app = typer.Typer(
+    help="Serve a model over an OpenAI-compatible API.",
+    no_args_is_help=True,
+    add_completion=False,
+    epilog="Example: toolkit serve run smollm2-135m",
+)
 
 Model = Annotated[
     str, typer.Argument(help="A built-in name, a GGUF file, a Hugging Face folder or hub id.")

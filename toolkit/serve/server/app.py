@@ -15,6 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 import toolkit
+from toolkit import record
 from toolkit.errors import ToolkitError, UsageError
 from toolkit.serve.server import failures
 from toolkit.serve.server.protocol import ChatRequest, CompletionRequest
@@ -100,9 +101,8 @@ def create(service: Service) -> FastAPI:
 
     @app.get("/timeline")
     async def timeline() -> dict[str, Any]:
-        """The engine's recent steps and requests: the body of a timeline record."""
-        shown = await asyncio.to_thread(service.engine.timeline, f"serving {service.model_name}")
-        return files.to_json(shown)
+        """The engine's recent steps and requests, as the file `toolkit timeline` reads."""
+        return await asyncio.to_thread(_timeline, service)
 
     return app
 
@@ -149,6 +149,17 @@ def _refusal(service: Service, model: str) -> JSONResponse | None:
     if service.draining:
         return failures.respond(503, "the server is shutting down", code="draining")
     return None
+
+
+def _timeline(service: Service) -> dict[str, Any]:
+    body = files.to_json(service.engine.timeline(f"serving {service.model_name}"))
+    return {
+        "format": f"toolkit/{files.KIND}",
+        "version": files.VERSION,
+        "digest": record.digest(body),
+        "provenance": record.provenance(),
+        "body": body,
+    }
 
 
 def _no_model(service: Service, name: str) -> JSONResponse:
