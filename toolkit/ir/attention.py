@@ -15,11 +15,11 @@ import torch
 
 from toolkit import log
 from toolkit.ir import formulas, interpret
+from toolkit.ir.formulas import ATTENTION
 from toolkit.ir.graph import Argument, Op, OpGraph, Ref
 
 _log = log.get_logger(__name__)
 
-ATTENTION = "aten.scaled_dot_product_attention"
 # Masks are computed at this many tokens. A number in the mask's making that is larger than half of
 # it might be a window that only shows on longer sequences, so such a mask is left alone.
 _TOKENS = 192
@@ -56,7 +56,7 @@ def _is_causal(graph: OpGraph, mask: str) -> bool:
     making = _ancestors(graph, mask)
     if making is None or any(_hides_a_window(op, graph) for op in making):
         return False
-    sizes = {name: 2 for name in graph.scaling.bounds} if graph.scaling else {}
+    sizes = dict.fromkeys(graph.scaling.bounds if graph.scaling else (), 2)
     if "tokens" not in sizes:
         return False
     small = graph.at(**{**sizes, "tokens": _TOKENS})

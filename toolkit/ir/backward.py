@@ -93,9 +93,8 @@ def _of_view(op: Op, graph: OpGraph) -> Iterator[Work]:
     source = graph.tensors[op.inputs[0]]
     given = _grad_bytes(op, graph)
     out = graph.tensors[op.outputs[0]]
-    if op.kind in _PARTS and out.numel < source.numel:
-        yield Work("copy", read_bytes=given, write_bytes=source.num_bytes, dtype=out.dtype)
-    elif op.kind in _SPLITS and len(op.outputs) > 1:
+    part = op.kind in _PARTS and out.numel < source.numel
+    if part or (op.kind in _SPLITS and len(op.outputs) > 1):
         yield Work("copy", read_bytes=given, write_bytes=source.num_bytes, dtype=out.dtype)
     elif op.kind in ("aten.expand", "aten.expand_as") and out.numel > source.numel:
         yield Work("reduction", float(out.numel), given, source.num_bytes, out.dtype)

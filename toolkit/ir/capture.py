@@ -1,4 +1,4 @@
-"""torch.export with dynamic shapes: which input dims are sizes, and what to do when export balks."""
+"""torch.export with dynamic shapes: which input dims are sizes, and what if export balks."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def leaf_names(
     named = []
     for path, leaf in flat:
         keys = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path[1:]]
-        if path[0].idx == 0:
+        if str(path[0]) == "[0]":
             index = int(keys[0])
             keys[0] = positional[index] if index < len(positional) else f"args.{index}"
         named.append((".".join(keys), leaf))

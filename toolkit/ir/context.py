@@ -12,25 +12,14 @@ import re
 from dataclasses import replace
 
 from toolkit.errors import UsageError
+from toolkit.ir.formulas import ATTENTION
 from toolkit.ir.graph import Argument, Op, OpGraph, Ref, Tensor
 from toolkit.ir.scale import Evaluator, Scaling, Size
 
-ATTENTION = "aten.scaled_dot_product_attention"
 _TOKENS, _CONTEXT = "tokens", "context"
 # What may lie between the cache and the attention: repeating grouped heads.
-_REPEATS = frozenset(
-    f"aten.{name}"
-    for name in (
-        "unsqueeze",
-        "expand",
-        "reshape",
-        "view",
-        "slice",
-        "clone",
-        "contiguous",
-        "repeat_interleave",
-    )  # fmt: skip
-)
+_REPEATS = frozenset({"aten.unsqueeze", "aten.expand", "aten.reshape", "aten.view", "aten.slice",
+                      "aten.clone", "aten.contiguous", "aten.repeat_interleave"})  # fmt: skip
 
 
 def with_cache(graph: OpGraph) -> OpGraph:

@@ -177,8 +177,9 @@ class Builder:
 
 def annotation(op: Op, graph: OpGraph) -> Annotation:
     """Return how `op` may be split; not at all (`known` False) when there is no rule for it."""
-    from toolkit.ir import splits
+    from toolkit.ir import rearrange, splits
 
+    assert rearrange  # imported for the rules it registers
     rule = splits.RULES.get(op.kind)
     if rule is not None:
         builder = Builder(op, graph)

@@ -118,7 +118,6 @@ def structure(graph: OpGraph, ops: Iterable[Op], path: str) -> str:
             view = local.get(tensor.storage, "outside") if tensor.is_view else "own"
             text.update(f"{tensor.shape} {tensor.dtype} {tensor.requires_grad} {view}".encode())
         arguments = {key: relative(value) for key, value in op.arguments.items()}
-        text.update(
-            f"{op.name.removeprefix(path)} {op.target} {arguments} {op.grad_enabled}\n".encode()
-        )
+        modes = f"{op.grad_enabled} {op.autocast}"
+        text.update(f"{op.name.removeprefix(path)} {op.target} {arguments} {modes}\n".encode())
     return text.hexdigest()

@@ -23,6 +23,7 @@ from toolkit.ir.storage import VIEWS
 Formula = Callable[[Op, OpGraph], Work]
 
 FORMULAS: dict[str, Formula] = {}
+ATTENTION = "aten.scaled_dot_product_attention"
 
 
 def formula(*kinds: str) -> Callable[[Formula], Formula]:
@@ -104,8 +105,8 @@ def _dtype(tensors: tuple[Tensor, ...]) -> str:
     return tensors[0].dtype if tensors else "float32"
 
 
-def _moving(op: Op, graph: OpGraph, op_class: OpClass, flops: float, dtype: str = "") -> Work:
-    """Work that reads every input and writes every output of `op`."""
+def _moving(op: Op, graph: OpGraph, op_class: OpClass, flops: float) -> Work:
+    """Work that reads every input and writes every output of `op`, in the output's dtype."""
     outputs = graph.output_tensors(op)
     if is_inplace(op):
         outputs = outputs[:1]
@@ -114,7 +115,7 @@ def _moving(op: Op, graph: OpGraph, op_class: OpClass, flops: float, dtype: str 
         flops=flops,
         read_bytes=read_bytes(graph, op.inputs),
         write_bytes=sum(tensor.num_bytes for tensor in outputs),
-        dtype=dtype or _dtype(outputs),
+        dtype=_dtype(outputs),
     )
 
 
@@ -137,21 +138,21 @@ def optional_tensor(op: Op, graph: OpGraph, argument: str) -> Tensor | None:
 @formula("aten.linear")
 def _linear(op: Op, graph: OpGraph) -> Work:
     x, weight = tensor_of(op, graph, "input"), tensor_of(op, graph, "weight")
-    return _moving(op, graph, "matmul", 2.0 * x.numel * weight.shape[0], x.dtype)
+    return _moving(op, graph, "matmul", 2.0 * x.numel * weight.shape[0])
 
 
 @formula("aten.mm", "aten.bmm", "aten.matmul", "aten.mv", "aten.dot")
 def _matmul(op: Op, graph: OpGraph) -> Work:
-    first, _ = graph.input_tensors(op) if len(op.inputs) == 2 else graph.input_tensors(op) * 2
+    first = graph.input_tensors(op)[0]
     out = graph.tensors[op.outputs[0]]
-    return _moving(op, graph, "matmul", 2.0 * out.numel * first.shape[-1], first.dtype)
+    return _moving(op, graph, "matmul", 2.0 * out.numel * first.shape[-1])
 
 
 @formula("aten.addmm", "aten.baddbmm")
 def _addmm(op: Op, graph: OpGraph) -> Work:
     first = tensor_of(op, graph, "mat1" if op.kind == "aten.addmm" else "batch1")
     out = graph.tensors[op.outputs[0]]
-    return _moving(op, graph, "matmul", 2.0 * out.numel * first.shape[-1], first.dtype)
+    return _moving(op, graph, "matmul", 2.0 * out.numel * first.shape[-1])
 
 
 @formula("aten.einsum")
@@ -159,7 +160,7 @@ def _einsum(op: Op, graph: OpGraph) -> Work:
     operands = [graph.tensors[name] for name in refs(op.arguments["tensors"])]
     flops = sum(2.0 * math.prod(sizes.values()) for sizes in contractions(op, graph))
     op_class: OpClass = "matmul" if len(operands) > 1 else "reduction"
-    return _moving(op, graph, op_class, flops, operands[0].dtype)
+    return _moving(op, graph, op_class, flops)
 
 
 def contractions(op: Op, graph: OpGraph) -> list[dict[str, int]]:
@@ -183,16 +184,15 @@ def contractions(op: Op, graph: OpGraph) -> list[dict[str, int]]:
 def _grouped_mm(op: Op, graph: OpGraph) -> Work:
     rows, weight = graph.input_tensors(op)[:2]
     # Every row meets one expert's matrix, whichever it is.
-    return _moving(op, graph, "matmul", 2.0 * rows.numel * weight.shape[-1], rows.dtype)
+    return _moving(op, graph, "matmul", 2.0 * rows.numel * weight.shape[-1])
 
 
-@formula("aten.scaled_dot_product_attention")
+@formula(ATTENTION)
 def _attention(op: Op, graph: OpGraph) -> Work:
-    """Both products over all pairs: a causal mask halves what a kernel does, not what is counted."""
+    """Both products over all pairs: a causal mask halves a kernel's work, not what is counted."""
     query, key, value = (tensor_of(op, graph, name) for name in ("query", "key", "value"))
     pairs = math.prod(query.shape[:-1]) * key.shape[-2]
-    return _moving(op, graph, "attention", 2.0 * pairs * (query.shape[-1] + value.shape[-1]),
-                   query.dtype)  # fmt: skip
+    return _moving(op, graph, "attention", 2.0 * pairs * (query.shape[-1] + value.shape[-1]))
 
 
 def is_fused(op: Op, graph: OpGraph, kernels: str) -> bool:
@@ -213,7 +213,7 @@ def _conv(op: Op, graph: OpGraph) -> Work:
     x = tensor_of(op, graph, "input")
     transposed = bool(op.arguments.get("transposed", False))
     places = x.numel * weight.shape[1] if transposed else out.numel * weight.shape[1]
-    return _moving(op, graph, "conv", 2.0 * places * math.prod(weight.shape[2:]), x.dtype)
+    return _moving(op, graph, "conv", 2.0 * places * math.prod(weight.shape[2:]))
 
 
 # Moving a part of a tensor -------------------------------------------------------------------
@@ -232,8 +232,10 @@ def _gather(op: Op, graph: OpGraph) -> Work:
     )
 
 
-@formula("aten.index_put", "aten.scatter", "aten.scatter_add", "aten.index_add", "aten.index_copy",
-         "aten.slice_scatter", "aten.select_scatter", "aten.masked_scatter", "aten.copy")  # fmt: skip
+@formula(
+    "aten.index_put", "aten.scatter", "aten.scatter_add", "aten.index_add", "aten.index_copy",
+    "aten.slice_scatter", "aten.select_scatter", "aten.masked_scatter", "aten.copy",
+)  # fmt: skip
 def _scatter(op: Op, graph: OpGraph) -> Work:
     out = graph.tensors[op.outputs[0]]
     base, *given = op.inputs
@@ -278,64 +280,17 @@ _NORM = {
     5: "layer_norm native_layer_norm rms_norm group_norm native_group_norm batch_norm softmax "
        "_softmax log_softmax _log_softmax native_batch_norm instance_norm normalize",
 }  # fmt: skip
-_COPY = [
-    "clone",
-    "contiguous",
-    "reshape",
-    "flatten",
-    "to",
-    "_to_copy",
-    "type_as",
-    "cat",
-    "stack",
-    "roll",
-    "flip",
-    "repeat",
-    "repeat_interleave",
-    "pad",
-    "constant_pad_nd",
-    "tril",
-    "triu",
-    "im2col",
-    "one_hot",
-    "tile",
-    "concat",
-    "unfold_copy",
-    "float",
-    "meshgrid",
-    "broadcast_tensors",
-    "rot90",
-    "pixel_shuffle",
-    "pixel_unshuffle",
-]
+_COPY = {
+    0: "clone contiguous reshape flatten to _to_copy type_as cat concat stack roll flip repeat "
+       "repeat_interleave pad constant_pad_nd tril triu im2col one_hot tile float meshgrid "
+       "broadcast_tensors rot90 pixel_shuffle pixel_unshuffle",
+}  # fmt: skip
 # Made from nothing: written, not read.
-_CREATION = [
-    "arange",
-    "zeros",
-    "ones",
-    "full",
-    "empty",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "empty_like",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "new_empty",
-    "rand",
-    "randn",
-    "rand_like",
-    "randn_like",
-    "randint",
-    "eye",
-    "linspace",
-    "scalar_tensor",
-    "randperm",
-    "tril_indices",
-    "triu_indices",
-    "lift_fresh_copy",
-]
+_CREATION = (
+    "arange zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones "
+    "new_full new_empty rand randn rand_like randn_like randint eye linspace scalar_tensor "
+    "randperm tril_indices triu_indices"
+)
 
 
 def _per_element(op_class: OpClass, flops_per_element: int) -> Formula:
@@ -358,12 +313,12 @@ def _view(op: Op, graph: OpGraph) -> Work:
 def _register() -> None:
     tables: tuple[tuple[OpClass, dict[int, str]], ...] = (
         ("elementwise", ELEMENTWISE), ("reduction", _REDUCTION), ("norm", _NORM),
-        ("copy", {0: " ".join(_COPY)}),
+        ("copy", _COPY),
     )  # fmt: skip
     for op_class, table in tables:
         for flops, names in table.items():
             formula(*(f"aten.{name}" for name in names.split()))(_per_element(op_class, flops))
-    formula(*(f"aten.{name}" for name in _CREATION))(_creation)
+    formula(*(f"aten.{name}" for name in _CREATION.split()))(_creation)
     formula(*VIEWS)(_view)
 
 

@@ -122,6 +122,7 @@ class Op:
     module_path: str
     source: str = ""
     grad_enabled: bool = True
+    autocast: str = ""  # the dtype products are cast to inside torch.autocast; "" outside
 
     @property
     def args(self) -> tuple[Argument, ...]:

@@ -1,4 +1,4 @@
-"""Run an OpGraph with torch, one operator after another: what the graph says is what the model does.
+"""Run an OpGraph with torch, one operator after another: a graph says what its model does.
 
 Slow and plain on purpose. It is how tests prove that tracing lost nothing, that a graph evaluated
 at other sizes is right, and that every way of splitting an operator is.
@@ -35,7 +35,11 @@ def call(
     kwargs = {name: v for (name, _), v in zip(given, values, strict=True)}
     for name, _ in given[: op.num_positional]:
         del kwargs[name]
-    with torch.set_grad_enabled(torch.is_grad_enabled() and op.grad_enabled):
+    dtype = getattr(torch, op.autocast) if op.autocast else None
+    with (
+        torch.set_grad_enabled(torch.is_grad_enabled() and op.grad_enabled),
+        torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
+    ):
         result = target(*args, **kwargs)
     return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
@@ -47,15 +51,21 @@ def run(graph: OpGraph, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tens
                and t.name not in held and graph.consumers[t.name]]  # fmt: skip
     if missing:
         raise UsageError(f"{graph.name} needs the tensors {', '.join(missing)}")
-    last = {name: op.name for op in graph.ops for name in op.inputs}
+    last = {name: op.name for op in graph.ops for name in (*op.inputs, *_rewritten(op).values())}
     for op in graph.ops:
-        made = call(op, held)
-        # Beyond its own results, an in-place operator names new versions of what it wrote.
-        held.update(zip(op.outputs, made, strict=False))
-        for name in set(op.inputs):
+        rewritten = _rewritten(op)
+        made = iter(call(op, held))
+        for name in op.outputs:
+            held[name] = held[rewritten[name]] if name in rewritten else next(made)
+        for name in {*op.inputs, *rewritten.values()}:
             if last[name] == op.name and name not in graph.outputs:
                 del held[name]
     return tuple(held[name] for name in graph.outputs)
+
+
+def _rewritten(op: Op) -> dict[str, str]:
+    """What an in-place operator names anew: `op@old` is `old`, whose memory it wrote."""
+    return {name: name.partition("@")[2] for name in op.outputs if "@" in name}
 
 
 def weights(graph: OpGraph, module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -124,6 +124,7 @@ def _op(op: Op) -> dict[str, Any]:
         "module_path": op.module_path,
         "source": op.source,
         "grad_enabled": op.grad_enabled,
+        "autocast": op.autocast,
     }
 
 

@@ -54,17 +54,16 @@ _TABLE = {
         "adaptive_avg_pool1d floor ceil round trunc lift_fresh broadcast_tensors unfold im2col "
         "slice_scatter select_scatter copy fill index_add repeat_interleave meshgrid detach "
         "adaptive_avg_pool2d tensor_split",
-    "other if self, self if other": "mul",
+    "other if self, self if other": "mul matmul",
     "mat2 if self, self if mat2": "mm bmm",
-    "other if self, self if other ": "matmul",
     "mat2 if mat1, mat1 if mat2": "addmm",
     "batch2 if batch1, batch1 if batch2": "baddbmm",
     "other, self if other": "div",
     "input if weight, weight if input": "linear conv1d conv2d conv3d convolution",
-    "self": "gelu silu log log2 log1p sin cos erf abs clamp clamp_min clamp_max pow square softplus "
-            "elu hardswish leaky_relu mish var avg_pool2d glu hardtanh",
-    "result": "exp sqrt rsqrt reciprocal sigmoid tanh softmax _softmax log_softmax _log_softmax relu "
-              "exp2 expm1 threshold",
+    "self": "gelu silu log log2 log1p sin cos erf abs clamp clamp_min clamp_max pow square "
+            "softplus elu hardswish leaky_relu mish var avg_pool2d glu hardtanh",
+    "result": "exp sqrt rsqrt reciprocal sigmoid tanh softmax _softmax log_softmax _log_softmax "
+              "relu exp2 expm1 threshold",
     "self, result": "amax amin linalg_vector_norm norm logsumexp std prod",
     "self, other": "maximum minimum atan2",
     "condition": "where",
@@ -107,7 +106,16 @@ def kept(op: Op, graph: OpGraph, *, kernels: Kernels = "cuda") -> Iterator[tuple
         if isinstance(found, _Inner):
             yield f"{op.name}!{found.what}", found.num_bytes
             continue
-        owner = graph.tensors[graph.tensors[found].storage]
+        tensor = graph.tensors[found]
+        owner = graph.tensors[tensor.storage]
+        if (
+            op.autocast
+            and tensor.is_floating
+            and tensor.dtype != graph.tensors[op.outputs[0]].dtype
+        ):
+            # Autocast hands the product a cast copy, and that is what is kept, weights included.
+            yield f"{owner.name}!{op.autocast}", tensor.numel * item_bytes(op.autocast)
+            continue
         if owner.role == "activation":
             yield owner.name, owner.num_bytes
 

@@ -6,7 +6,6 @@ shape, counts as no rule: the operator is then not splittable, never guessed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 from toolkit.ir import einsum, formulas
@@ -36,18 +35,22 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def _dim(index: int, rank: int) -> int:
+def place(index: int, rank: int) -> int:
+    """Return a dim counted from the front."""
     return index + rank if index < 0 else index
 
 
 # One element out for one element in, shapes broadcast ---------------------------------------
 
-_POINTWISE = " ".join(formulas.ELEMENTWISE.values()).split()
-_SAME = "clone contiguous to _to_copy type_as float detach alias zeros_like ones_like full_like " \
-        "empty_like tril triu".split()  # fmt: skip
+_POINTWISE = " ".join(formulas.ELEMENTWISE.values())
+_SAME = (
+    "clone contiguous to _to_copy type_as float detach alias zeros_like ones_like full_like "
+    "empty_like"
+)
 
 
-def _broadcast(b: Builder) -> None:
+def broadcast(b: Builder) -> None:
+    """Every input's last dims are the output's, unless they are of size 1."""
     out = b.fresh(b.out_shapes[0])
     b.outputs[0] = out
     for index, shape in enumerate(b.in_shapes):
@@ -57,14 +60,14 @@ def _broadcast(b: Builder) -> None:
         )
 
 
-for _name in [*_POINTWISE, *_SAME]:
-    if _name not in ("tril", "triu", "native_dropout", "glu"):
-        rule(_name)(_broadcast)
+for _name in f"{_POINTWISE} {_SAME}".split():
+    if _name not in ("native_dropout", "glu"):
+        rule(_name)(broadcast)
 
 
 @rule("tril", "triu")
 def _triangle(b: Builder) -> None:
-    _broadcast(b)
+    broadcast(b)
     b.fixed(*b.outputs[0][-2:])
 
 
@@ -183,7 +186,7 @@ def _conv(b: Builder) -> None:
 def _same_but(b: Builder, *dims: int) -> None:
     """Input 0 and every output correspond dim by dim; `dims` cannot be split."""
     spec = b.fresh(b.in_shapes[0])
-    b.fixed(*(spec[_dim(dim, len(spec))] for dim in dims))
+    b.fixed(*(spec[place(dim, len(spec))] for dim in dims))
     b.inputs[0] = spec
     for index, shape in enumerate(b.out_shapes):
         b.outputs[index] = tuple(
@@ -200,7 +203,7 @@ def _along_dim(b: Builder) -> None:
 
 @rule("slice", "narrow")
 def _slice(b: Builder) -> None:
-    dim = _dim(b.op.arguments["dim"], len(b.in_shapes[0]))
+    dim = place(b.op.arguments["dim"], len(b.in_shapes[0]))
     whole = b.in_shapes[0] == b.out_shapes[0]
     _same_but(b, *([] if whole else [dim]))
     if whole:
@@ -237,7 +240,7 @@ def _pad(b: Builder) -> None:
 @rule("select")
 def _select(b: Builder) -> None:
     spec = b.fresh(b.in_shapes[0])
-    dim = _dim(b.op.arguments["dim"], len(spec))
+    dim = place(b.op.arguments["dim"], len(spec))
     b.fixed(spec[dim])
     b.inputs[0] = spec
     b.outputs[0] = spec[:dim] + spec[dim + 1 :]
@@ -252,7 +255,7 @@ def _unbind(b: Builder) -> None:
 
 @rule("cat", "concat")
 def _cat(b: Builder) -> None:
-    dim = _dim(b.op.arguments["dim"], len(b.out_shapes[0]))
+    dim = place(b.op.arguments["dim"], len(b.out_shapes[0]))
     out = list(b.fresh(b.out_shapes[0]))
     b.fixed(out[dim])
     b.outputs[0] = tuple(out)
@@ -264,7 +267,7 @@ def _cat(b: Builder) -> None:
 
 @rule("stack")
 def _stack(b: Builder) -> None:
-    dim = _dim(b.op.arguments["dim"], len(b.out_shapes[0]))
+    dim = place(b.op.arguments["dim"], len(b.out_shapes[0]))
     spec = b.fresh(b.in_shapes[0])
     b.inputs = dict.fromkeys(range(len(b.in_shapes)), spec)
     b.outputs[0] = (*spec[:dim], b.new(b.out_shapes[0][dim], "^"), *spec[dim:])
@@ -286,7 +289,7 @@ def _reduce(b: Builder) -> None:
     spec = b.fresh(b.in_shapes[0])
     dims = b.op.arguments.get("dim")
     chosen = [dims] if isinstance(dims, int) else (dims or range(len(spec)))
-    reduced = {_dim(dim, len(spec)) for dim in chosen}
+    reduced = {place(dim, len(spec)) for dim in chosen}
     keep = b.op.arguments.get("keepdim", False)
     for dim in reduced:
         for name in spec[dim]:
@@ -350,7 +353,7 @@ def _is_bool(b: Builder) -> bool:
 
 @rule("gather")
 def _gather(b: Builder) -> None:
-    dim = _dim(b.op.arguments["dim"], len(b.in_shapes[0]))
+    dim = place(b.op.arguments["dim"], len(b.in_shapes[0]))
     source, index = b.in_shapes
     out = b.fresh(index)
     b.fixed(out[dim])
@@ -364,122 +367,3 @@ def _gather(b: Builder) -> None:
             b.fixed(axis)
     b.inputs = {0: spec, 1: out}
     b.outputs[0] = out
-
-
-# Looking at it differently -------------------------------------------------------------------
-
-
-@rule("transpose", "swapaxes")
-def _transpose(b: Builder) -> None:
-    spec = list(b.fresh(b.in_shapes[0]))
-    b.inputs[0] = tuple(spec)
-    first, second = (_dim(b.op.arguments[name], len(spec)) for name in ("dim0", "dim1"))
-    spec[first], spec[second] = spec[second], spec[first]
-    b.outputs[0] = tuple(spec)
-
-
-@rule("t", "mT", "numpy_T")
-def _t(b: Builder) -> None:
-    spec = b.fresh(b.in_shapes[0])
-    b.inputs[0] = spec
-    b.outputs[0] = (*spec[:-2], *reversed(spec[-2:]))
-
-
-@rule("permute")
-def _permute(b: Builder) -> None:
-    spec = b.fresh(b.in_shapes[0])
-    b.inputs[0] = spec
-    b.outputs[0] = tuple(spec[_dim(dim, len(spec))] for dim in b.op.arguments["dims"])
-
-
-@rule("unsqueeze")
-def _unsqueeze(b: Builder) -> None:
-    spec = b.fresh(b.in_shapes[0])
-    dim = _dim(b.op.arguments["dim"], len(spec) + 1)
-    b.inputs[0] = spec
-    b.outputs[0] = (*spec[:dim], (), *spec[dim:])
-
-
-@rule("squeeze")
-def _squeeze(b: Builder) -> None:
-    spec = b.fresh(b.in_shapes[0])
-    b.inputs[0] = spec
-    given = b.op.arguments.get("dim")
-    dims = range(len(spec)) if given is None else [given] if isinstance(given, int) else given
-    gone = {_dim(dim, len(spec)) for dim in dims if b.in_shapes[0][dim] == 1}
-    b.outputs[0] = tuple(axis for dim, axis in enumerate(spec) if dim not in gone)
-
-
-@rule("expand", "expand_as")
-def _expand(b: Builder) -> None:
-    _broadcast(b)
-
-
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten")
-def _reshape(b: Builder) -> None:
-    """Dims that are merged or divided are made of the factors both sides share, in order."""
-    before, after = b.in_shapes[0], b.out_shapes[0]
-    if math.prod(before) == 0:
-        return
-    b.inputs[0], b.outputs[0] = factors(b, before, after)
-    if b.op.kind == "aten.unflatten":
-        b.fixed(*b.inputs[0])  # its sizes would have to shrink with the part
-
-
-def factors(b: Builder, before: Sequence[int], after: Sequence[int]) -> tuple[Spec, Spec]:
-    """Return specs of two shapes of equal size whose dims share factors where they can."""
-    first: list[list[str]] = [[] for _ in before]
-    second: list[list[str]] = [[] for _ in after]
-    left = [[index, size] for index, size in enumerate(before) if size != 1]
-    right = [[index, size] for index, size in enumerate(after) if size != 1]
-    # From the back, take the smaller factor from both sides while it divides the larger one.
-    while left and right:
-        (i, m), (j, n) = left[-1], right[-1]
-        small, large = min(m, n), max(m, n)
-        if large % small:
-            _skip(b, (left, first), (right, second))
-            continue
-        (name,) = b.new(small)
-        first[i].insert(0, name)
-        second[j].insert(0, name)
-        left[-1][1], right[-1][1] = m // small, n // small
-        for side in (left, right):
-            if side[-1][1] == 1:
-                side.pop()
-    return tuple(map(tuple, first)), tuple(map(tuple, second))
-
-
-def _skip(b: Builder, *sides: tuple[list[list[int]], list[list[str]]]) -> None:
-    """Take dims from both sides until as much is taken of each; none of these can be split."""
-    taken = [1, 1]
-    while taken[0] == 1 or taken[0] != taken[1]:
-        side = 0 if taken[0] <= taken[1] else 1
-        rest, specs = sides[side]
-        index, size = rest.pop()
-        (name,) = b.new(size, "^")
-        specs[index].insert(0, name)
-        taken[side] *= size
-
-
-# Made from nothing ---------------------------------------------------------------------------
-
-
-@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
-def _creation(b: Builder) -> None:
-    b.outputs[0] = b.fresh(b.out_shapes[0])
-    for index, shape in enumerate(b.in_shapes):  # read for its dtype only
-        b.inputs[index] = b.fresh(shape, "^")
-
-
-@rule("arange", "linspace", "rand", "randn", "randint")
-def _whole(b: Builder) -> None:
-    """Values depend on the place (or on one stream of random numbers): every part makes them all."""
-    b.outputs[0] = b.fresh(b.out_shapes[0], "^")
-
-
-@rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "avg_pool2d", "max_pool2d")
-def _pool(b: Builder) -> None:
-    spatial = 1 if b.op.kind.endswith("1d") else 2
-    lead = b.fresh(b.in_shapes[0][:-spatial])
-    b.inputs[0] = (*lead, *b.fresh(b.in_shapes[0][-spatial:], "^"))
-    b.outputs[0] = (*lead, *b.fresh(b.out_shapes[0][-spatial:], "^"))

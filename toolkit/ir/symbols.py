@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 
 from toolkit.errors import UsageError
+from toolkit.ir.capture import Captured
 from toolkit.ir.scale import Size
 
 # sympy function (torch has its own for integer arithmetic) -> how it is written
@@ -84,3 +85,45 @@ class Symbols:
         if name not in _CALLS:
             raise UsageError(f"a shape uses {name}, which size expressions do not know: {expr}")
         return f"({_CALLS[name](*parts)})"
+
+
+def named(
+    captured: Captured, fixed: dict[str, str]
+) -> tuple[Symbols, dict[str, tuple[int, int | None]]]:
+    """Name export's symbols after the sizes; what export fixed goes to `fixed` with the reason."""
+    program = captured.program
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
+    users = nodes[len(nodes) - len(captured.inputs) :]
+    shapes = {name: node.meta["val"].shape
+              for name, node in zip(captured.inputs, users, strict=True)
+              if isinstance(node.meta.get("val"), torch.Tensor)}  # fmt: skip
+    names: dict[Any, str] = {}
+    bounds: dict[str, tuple[int, int | None]] = {}
+    for size, dims in captured.axes.items():
+        if size in fixed:
+            continue
+        found = [shapes[name][dim] for name, dim in dims.items()]
+        symbols = [value.node.expr for value in found if isinstance(value, torch.SymInt)]
+        if len(symbols) < len(found) or not all(symbol.is_Symbol for symbol in symbols):
+            fixed[size] = "the model's code depends on its value, so torch.export fixed it"
+            # Other inputs may still carry a symbol for it: as good as the number.
+        low, high = 1, None
+        for symbol in symbols:
+            if symbol.is_Symbol:
+                names[symbol] = size
+                low, high = _narrowed((low, high), program.range_constraints.get(symbol))
+        if size not in fixed:
+            bounds[size] = (low, high)
+    return Symbols(names), bounds
+
+
+def _narrowed(bounds: tuple[int, int | None], constraint: Any) -> tuple[int, int | None]:
+    low, high = bounds
+    if constraint is None:
+        return bounds
+    # Export says "2 or more" of every size it keeps free; 1 evaluates as well.
+    if int(constraint.lower) > 2:
+        low = max(low, int(constraint.lower))
+    if isinstance(constraint.upper, sympy.Integer) and int(constraint.upper) < 2**31:
+        high = min(high or int(constraint.upper), int(constraint.upper))
+    return low, high

@@ -11,19 +11,18 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
-import sympy
 import torch
 from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
 
 from toolkit import log
 from toolkit.errors import ToolkitError
-from toolkit.ir import attention, capture, formulas, storage
+from toolkit.ir import attention, capture, formulas, storage, symbols
 from toolkit.ir.capture import Axes, Captured
 from toolkit.ir.graph import Argument, Constant, Op, OpGraph, Ref, Tensor
 from toolkit.ir.scale import Evaluator, Scaling, Size
-from toolkit.ir.symbols import Symbols
 
 _log = log.get_logger(__name__)
 
@@ -40,7 +39,8 @@ _ROLES: dict[InputKind, Any] = {
 }
 # Their `size` argument may hold -1; the shape that came out is put in its place.
 _SHAPE_ARGUMENT = {
-    "aten.view": "size", "aten.reshape": "shape", "aten.expand": "size", "aten._unsafe_view": "size",
+    "aten.view": "size", "aten.reshape": "shape", "aten.expand": "size",
+    "aten._unsafe_view": "size",
 }  # fmt: skip
 _NOT_DIFFERENTIABLE = frozenset({"aten.detach", "aten.sign", "aten.empty_like", "aten.zeros_like",
                                  "aten.ones_like", "aten.rand_like", "aten.randn_like",
@@ -113,15 +113,19 @@ class _Builder:
     modules: dict[str, str] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     values: dict[torch.fx.Node, Any] = field(default_factory=dict)  # node -> tensor name(s), scalar
+    place: dict[torch.fx.Node, int] = field(default_factory=dict)  # node -> its place
+    grad_enabled: bool = True
+    autocast: str = ""
 
     def graph(self) -> OpGraph:
         fixed = dict(self.captured.fixed)
-        self.symbols, bounds = _symbols(self.captured, fixed)
+        self.symbols, bounds = symbols.named(self.captured, fixed)
         sizes = dict(self.captured.sizes)
         self.now = Evaluator(sizes)
         self.own, self.tied = _own_names(self.module)
         inputs = tuple(self._placeholders())
-        outputs = self._body(self.captured.program.graph_module, grad_enabled=True)
+        given = self._body(self.captured.program.graph_module)
+        outputs = [name for name in given if isinstance(name, str) and name in self.tensors]
         shapes = {name: shape for name, shape in self.shapes.items() if _varies(shape)}
         return OpGraph(
             name=self.name,
@@ -167,60 +171,55 @@ class _Builder:
         dtype = str(value.dtype).removeprefix("torch.")
         self.tensors[name] = Tensor(name, self.now(symbolic), dtype, **fields)
 
-    def _body(self, body: torch.fx.GraphModule, *, grad_enabled: bool) -> list[str]:
-        """Walk one (sub)graph whose placeholders have values; return its output tensors."""
-        self.last_use = {user: index for index, user in enumerate(body.graph.nodes)}
+    def _body(self, body: torch.fx.GraphModule) -> list[Any]:
+        """Walk one (sub)graph whose placeholders have values; return its outputs' values."""
+        self.place = {user: index for index, user in enumerate(body.graph.nodes)}
         for node in body.graph.nodes:
             if node.op == "call_function":
-                self._call(body, node, grad_enabled)
+                self._call(body, node)
             elif node.op == "output":
-                return list(self._outputs(node.args[0]))
+                return [self.values[n] if isinstance(n, torch.fx.Node) else n
+                        for n in pytree.tree_leaves(node.args[0])]  # fmt: skip
         raise AssertionError("an fx graph ends with an output")
 
-    def _outputs(self, argument: Any) -> Iterator[str]:
-        if isinstance(argument, torch.fx.Node):
-            found = self.values[argument]
-            yield from (found if isinstance(found, tuple) else [found] if found in self.tensors
-                        else [])  # fmt: skip
-        elif isinstance(argument, (tuple, list)):
-            for part in argument:
-                yield from self._outputs(part)
-
-    def _call(self, body: torch.fx.GraphModule, node: torch.fx.Node, grad_enabled: bool) -> None:
+    def _call(self, body: torch.fx.GraphModule, node: torch.fx.Node) -> None:
         value = node.meta.get("val")
         if node.target is operator.getitem:
-            self.values[node] = self.values[node.args[0]][node.args[1]]
+            source, index = cast("tuple[torch.fx.Node, int]", node.args)
+            self.values[node] = self.values[source][index]
         elif isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             self.values[node] = self.symbols(value)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
-            self._region(body, node, grad_enabled)
-        elif str(node.target) in _CHECKS or value is None:
+            self._region(body, node)
+        elif str(node.target) in _CHECKS:
             self.values[node] = None
-        elif isinstance(node.target, torch._ops.OpOverload):
-            self._operator(node, node.target, grad_enabled)
-        else:  # Python arithmetic on sizes that turned out constant
-            self.values[node] = self.symbols.hint(value)
+        elif isinstance(node.target, torch._ops.OpOverload) and value is not None:
+            self._operator(node, node.target)
+        elif isinstance(value, (bool, int, float)):
+            self.values[node] = value  # arithmetic on sizes that turned out constant
+        else:
+            raise _unknown(node)
 
-    def _region(self, body: torch.fx.GraphModule, node: torch.fx.Node, grad_enabled: bool) -> None:
+    def _region(self, body: torch.fx.GraphModule, node: torch.fx.Node) -> None:
         """Inline the region of a `with torch.no_grad()` or `with torch.autocast(...)`."""
         kind = str(node.target)
         at = next((i for i, a in enumerate(node.args) if _is_submodule(a)), None)
         if kind not in ("wrap_with_set_grad_enabled", "wrap_with_autocast") or at is None:
-            raise _unknown(kind, *_module(node))
+            raise _unknown(node)
+        outer = self.grad_enabled, self.autocast, self.place
         if kind == "wrap_with_set_grad_enabled":
-            grad_enabled = grad_enabled and bool(node.args[0])
-        inner = getattr(body, node.args[at].target)
+            self.grad_enabled = bool(node.args[0])
+        else:
+            _, dtype, enabled, *_ = node.args
+            self.autocast = str(dtype).removeprefix("torch.") if enabled else ""
+        inner = getattr(body, str(cast("torch.fx.Node", node.args[at]).target))
         holders = [n for n in inner.graph.nodes if n.op == "placeholder"]
         for holder, given in zip(holders, node.args[at + 1 :], strict=True):
             self.values[holder] = self.values[given] if isinstance(given, torch.fx.Node) else given
-        # An autocast region's graph already holds the casts it made.
-        outer = self.last_use
-        self.values[node] = tuple(self._body(inner, grad_enabled=grad_enabled))
-        self.last_use = outer
+        self.values[node] = tuple(self._body(inner))
+        self.grad_enabled, self.autocast, self.place = outer
 
-    def _operator(
-        self, node: torch.fx.Node, target: torch._ops.OpOverload, grad_enabled: bool
-    ) -> None:
+    def _operator(self, node: torch.fx.Node, target: torch._ops.OpOverload) -> None:
         path, kind_of_module = _module(node)
         self.modules.setdefault(path, kind_of_module)
         for parent, parent_kind in (node.meta.get("nn_module_stack") or {}).values():
@@ -245,7 +244,8 @@ class _Builder:
             outputs=outputs,
             module_path=path,
             source=_source(node),
-            grad_enabled=grad_enabled,
+            grad_enabled=self.grad_enabled,
+            autocast=self.autocast,
         )
         if op.kind in _SHAPE_ARGUMENT:
             shape = tuple(self.symbols(size) for size in values[0].shape)
@@ -259,7 +259,7 @@ class _Builder:
         written = _written(target, arguments)
         base = next(iter(op.inputs), None)
         base_value = next((n.meta["val"] for n in node.all_input_nodes if self._is(n, base)), None)
-        differentiable = grad_enabled and op.kind not in _NOT_DIFFERENTIABLE
+        differentiable = self.grad_enabled and op.kind not in _NOT_DIFFERENTIABLE
         grad = differentiable and any(self.tensors[n].requires_grad for n in op.inputs)
         for output, value in zip(outputs, values, strict=True):
             owner = output
@@ -288,18 +288,18 @@ class _Builder:
         Later readers of any of them then depend on the write, as data.
         """
         owner = self.tensors[written].storage
-        here = self.last_use[node]
+        here = self.place[node]
         outputs = list(op.outputs)
         for other, name in list(self.values.items()):
             if other is node or not isinstance(name, str) or name not in self.tensors:
                 continue
             tensor = self.tensors[name]
-            used_later = any(self.last_use.get(user, -1) > here for user in other.users)
+            used_later = any(self.place.get(user, -1) > here for user in other.users)
             if tensor.storage != owner or not used_later:
                 continue
             fresh = op.outputs[0]
             if name != written:
-                fresh = f"{op.name}#{len(outputs)}"
+                fresh = f"{op.name}@{name}"
                 self.shapes[fresh] = self.shapes[name]
                 grad = tensor.requires_grad or self.tensors[op.outputs[0]].requires_grad
                 self.tensors[fresh] = Tensor(
@@ -342,48 +342,6 @@ class _Builder:
         if given is None or isinstance(given, (bool, int, float, str, complex)):
             return given
         return self.symbols(given)
-
-
-def _symbols(
-    captured: Captured, fixed: dict[str, str]
-) -> tuple[Symbols, dict[str, tuple[int, int | None]]]:
-    """Name export's symbols after the sizes; what export fixed goes to `fixed` with the reason."""
-    program = captured.program
-    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
-    users = nodes[len(nodes) - len(captured.inputs) :]
-    shapes = {name: node.meta["val"].shape
-              for name, node in zip(captured.inputs, users, strict=True)
-              if isinstance(node.meta.get("val"), torch.Tensor)}  # fmt: skip
-    names: dict[Any, str] = {}
-    bounds: dict[str, tuple[int, int | None]] = {}
-    for size, dims in captured.axes.items():
-        if size in fixed:
-            continue
-        found = [shapes[name][dim] for name, dim in dims.items()]
-        symbols = [value.node.expr for value in found if isinstance(value, torch.SymInt)]
-        if len(symbols) < len(found) or not all(symbol.is_Symbol for symbol in symbols):
-            fixed[size] = "the model's code depends on its value, so torch.export fixed it"
-            # Other inputs may still carry a symbol for it: as good as the number.
-        low, high = 1, None
-        for symbol in symbols:
-            if symbol.is_Symbol:
-                names[symbol] = size
-                low, high = _narrowed((low, high), program.range_constraints.get(symbol))
-        if size not in fixed:
-            bounds[size] = (low, high)
-    return Symbols(names), bounds
-
-
-def _narrowed(bounds: tuple[int, int | None], constraint: Any) -> tuple[int, int | None]:
-    low, high = bounds
-    if constraint is None:
-        return bounds
-    # Export says "2 or more" of every size it keeps free; 1 evaluates as well.
-    if int(constraint.lower) > 2:
-        low = max(low, int(constraint.lower))
-    if isinstance(constraint.upper, sympy.Integer) and int(constraint.upper) < 2**31:
-        high = min(high or int(constraint.upper), int(constraint.upper))
-    return low, high
 
 
 def _own_names(module: torch.nn.Module) -> tuple[dict[str, str], dict[str, str]]:
@@ -439,5 +397,6 @@ def _source(node: torch.fx.Node) -> str:
     return f"{'/'.join(file.split('/')[-2:])}:{line}"
 
 
-def _unknown(target: str, path: str, kind: str) -> ToolkitError:
-    return formulas.unknown_op(target, f"{path} ({kind})", "")
+def _unknown(node: torch.fx.Node) -> ToolkitError:
+    path, kind = _module(node)
+    return formulas.unknown_op(str(node.target), f"{path} ({kind})", _source(node))
