@@ -72,8 +72,12 @@ def diff(
     from toolkit.ir import diff as differences
 
     changes = differences.compare(first, second)
-    value = {"equal": not changes, "a": first.digest, "b": second.digest,
-             "changes": [{"path": change.path, **asdict(change)} for change in changes]}  # fmt: skip
+    value = {
+        "equal": not changes,
+        "a": first.digest,
+        "b": second.digest,
+        "changes": [{"path": change.path, **asdict(change)} for change in changes],
+    }
     view.emit(value, as_json=as_json, render=lambda: _render(a, b, changes))
     if changes:
         raise typer.Exit(1)

@@ -283,7 +283,7 @@ _NORM = {
 _COPY = {
     0: "clone contiguous reshape flatten to _to_copy type_as cat concat stack roll flip repeat "
        "repeat_interleave pad constant_pad_nd tril triu im2col one_hot tile float meshgrid "
-       "broadcast_tensors rot90 pixel_shuffle pixel_unshuffle",
+       "broadcast_tensors rot90 pixel_shuffle pixel_unshuffle lift_fresh_copy",
 }  # fmt: skip
 # Made from nothing: written, not read.
 _CREATION = (
