@@ -1,0 +1,116 @@
+"""What is run equals one device, and what is counted equals what was predicted, exactly."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from toolkit.errors import ToolkitError, UsageError
+from toolkit.hardware import find_cluster
+from toolkit.plan import io, library, planner, subject, verify
+
+
+def check(plans, folder: Path, *, dtype: str = "float32") -> list[verify.Report]:
+    paths = [folder / f"{index}.json" for index in range(len(plans))]
+    for plan, path in zip(plans, paths, strict=True):
+        io.save(plan, path)
+    reports = verify.verify(paths, dtype=dtype)
+    for report in reports:
+        assert report.parity.holds, report
+        assert report.traffic
+        for row in report.traffic:
+            assert row.counted == row.predicted, (report.strategy, row)
+    return reports
+
+
+def test_the_four_plans_on_gpt_tiny(tiny, two_ranks, tmp_path: Path) -> None:
+    plans = [planner.make(tiny, two_ranks, name, microbatches=2) for name in library.STRATEGIES]
+    for report in check(plans, tmp_path):
+        assert report.parity.num_gradients == 69
+        assert report.parity.tolerance == 1e-5
+        assert report.rung.startswith("native: ")
+
+
+def test_the_corners(toys, two_ranks, tmp_path: Path) -> None:
+    """First input without gradient, tied and shared parameters, padding, GQA, recomputation."""
+    wanted = {
+        "toy_models:chain": [("tp", False), ("fsdp", False), ("1f1b", False)],
+        "toy_models:tied": [("1f1b", False), ("fsdp", True), ("tp", True)],
+        "toy_models:uneven": [("dp", True), ("fsdp", False), ("1f1b", True)],
+        "llama-tiny": [("tp", False)],
+    }
+    plans = []
+    for model, cases in wanted.items():
+        traced = subject.load(model, batch=4, **({"tokens": 16} if "llama" in model else {}))
+        for strategy, recompute in cases:
+            plan = planner.make(traced, two_ranks, strategy, microbatches=2, recompute=recompute)
+            plans.append(plan)
+    check(plans, tmp_path)
+
+
+@pytest.mark.slow
+def test_double_precision_agrees_to_1e_10(tiny, two_ranks, tmp_path: Path) -> None:
+    plans = [planner.make(tiny, two_ranks, name) for name in library.STRATEGIES]
+    for report in check(plans, tmp_path, dtype="float64"):
+        assert report.parity.tolerance == 1e-10
+
+
+@pytest.mark.slow
+def test_four_ranks(tiny, tmp_path: Path) -> None:
+    plans = [planner.make(tiny, find_cluster("cpux4"), name) for name in library.STRATEGIES]
+    check(plans, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_transformers_llama_unmodified(two_ranks, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=256, max_position_embeddings=128,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path / "llama")  # fmt: skip
+    traced = subject.load(f"hf:{tmp_path / 'llama'}", batch=4, tokens=16)
+    plans = [planner.make(traced, two_ranks, name, microbatches=2) for name in library.STRATEGIES]
+    check(plans, tmp_path)
+
+
+def test_a_wrong_prediction_is_found(tiny, two_ranks, tmp_path: Path) -> None:
+    """The check can fail: one call too many, and a byte too few, are both reported."""
+    plan = planner.make(tiny, two_ranks, "dp")
+    row = plan.prediction.traffic[0]
+    wrong = replace(row, count=row.count + 1, num_bytes=row.num_bytes - 1)
+    path = tmp_path / "plan.json"
+    io.save(replace(plan, prediction=replace(plan.prediction, traffic=(wrong,))), path)
+    (report,) = verify.verify([path])
+    assert report.parity.holds
+    assert not report.holds
+    assert report.traffic[0].counted == (row.count, row.num_bytes)
+
+
+def test_plans_of_different_sizes_are_not_verified_together(
+    tiny, two_ranks, tmp_path: Path
+) -> None:
+    for index, cluster in enumerate((two_ranks, find_cluster("cpux4"))):
+        io.save(planner.make(tiny, cluster, "dp"), tmp_path / f"{index}.json")
+    with pytest.raises(UsageError, match="2 and 4 ranks"):
+        verify.verify([tmp_path / "0.json", tmp_path / "1.json"])
+
+
+def test_errors_of_a_gradient_are_relative_to_what_matters() -> None:
+    import torch
+
+    from toolkit.plan import parity
+
+    noise, zero = torch.full((8,), 1e-9), torch.zeros(8)
+    assert parity.error(noise, zero, whole_norm=1.0) < 1e-5
+    assert parity.error(torch.full((8,), 1e-3), zero, whole_norm=1.0) > 1
+    assert parity.error(torch.full((8,), torch.nan), zero, whole_norm=1.0) == float("inf")
+
+
+def test_a_communication_op_that_is_not_known_is_an_error() -> None:
+    from toolkit.plan.counting import Counter
+
+    with pytest.raises(ToolkitError, match=r"c10d\.scatter_ is not known"):
+        Counter()._count("c10d.scatter_", ())

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from toolkit.cli.plan import app
+from toolkit.errors import InfeasibleError, UsageError
+from toolkit.timeline import files
+
+MAKE = ["make", "gpt-tiny", "--tokens", "32", "--cluster", "cpux2"]
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_make_show_simulate(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    made = run(*MAKE, "--strategy", "1f1b", "--batch", 8, "-o", path)
+    assert made.exit_code == 0, made.output
+    assert "torchrun --nproc-per-node 2 recipes/train.py" in made.output.replace("\n", " ")
+    shown = run("show", path)
+    assert shown.exit_code == 0, shown.output
+    assert "0F0 0F1 0B0 0F2" in shown.output
+    assert "Predicted traffic" in shown.output
+    body = json.loads(run("show", path, "--json").output)
+    assert body["strategy"] == "1f1b"
+    out = tmp_path / "timeline.json"
+    facts = json.loads(run("simulate", path, "-o", out, "--json").output)
+    assert facts["source"] == "predicted"
+    assert facts["step_s"] == pytest.approx(body["prediction"]["step_s"])
+    assert files.load(out).duration_s == pytest.approx(facts["step_s"])
+
+
+def test_auto_prints_what_it_considered(tmp_path: Path) -> None:
+    made = run(*MAKE, "-o", tmp_path / "plan.json", "--json")
+    facts = json.loads(made.output)
+    assert [entry["strategy"] for entry in facts["considered"]] == ["dp", "fsdp", "tp", "1f1b"]
+    fastest = min(facts["considered"], key=lambda entry: entry["step_s"])
+    assert facts["plan"]["strategy"] == fastest["strategy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--strategy", "dpp"], UsageError, "did you mean 'dp'"),
+        (["--cluster", "cpux2x"], UsageError, "cpux2x"),
+        (["--memory", "1 MiB", "--strategy", "dp"], InfeasibleError, "needs"),
+        (["--strategy", "tp", "--cluster", "h100x8"], InfeasibleError, "does not divide 4"),
+        (["--strategy", "1f1b", "--ranks", "4"], InfeasibleError, "cpux2 has 2"),
+    ],
+)
+def test_errors(arguments: list[str], error: type, message: str, tmp_path: Path) -> None:
+    result = run(*MAKE, *arguments, "-o", tmp_path / "plan.json")
+    assert isinstance(result.exception, error)
+    assert message in str(result.exception)
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_an_unknown_model_is_named(tmp_path: Path) -> None:
+    result = run("make", "gpt-tini", "-o", tmp_path / "plan.json")
+    assert isinstance(result.exception, UsageError)
+    assert "gpt-tiny" in str(result.exception)

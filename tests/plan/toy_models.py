@@ -1,0 +1,61 @@
+"""Small models with the corners that plans must get right; loaded as `toy_models:<factory>`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class _Half(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(functional.relu(self.up(x)))
+
+
+class Chain(nn.Module):
+    """Four feed-forward blocks and nothing else: the first block's input needs no gradient."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(_Half(width) for _ in range(4)))
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        return functional.mse_loss(self.layers(x), targets)
+
+
+def chain(batch: int = 4, width: int = 16):
+    return Chain(16), (torch.randn(batch, width), torch.randn(batch, width)), {}
+
+
+def tied(batch: int = 4, tokens: int = 16):
+    """A GPT whose head is its embedding: two pipeline stages hold one parameter."""
+    from toolkit.models import gpt
+
+    model = gpt.GPT(gpt.Config(4, 32, 4, 64, 32, True, "test"))
+    ids = torch.randint(0, 64, (batch, tokens + 1))
+    return model, (ids[:, :-1], ids[:, 1:]), {}
+
+
+class Uneven(nn.Module):
+    """Odd sizes, which FSDP2 pads; a parameter every block reads; one that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Half(7) for _ in range(3))
+        self.scale = nn.Parameter(torch.ones(3, 7))
+        self.unused = nn.Parameter(torch.ones(3))
+        self.head = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x) * self.scale.sum(0)
+        return functional.mse_loss(self.head(x), targets)
+
+
+def uneven(batch: int = 4):
+    return Uneven(), (torch.randn(batch, 7), torch.randn(batch, 5)), {}

@@ -1,0 +1,24 @@
+"""The plan library: one readable file a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from toolkit.errors import unknown_name
+from toolkit.plan.library import data_parallel, fsdp, megatron, one_f_one_b
+from toolkit.plan.plan import Plan
+
+# strategy name -> the function that writes its plan
+STRATEGIES: Mapping[str, Callable[..., Plan]] = {
+    "dp": data_parallel.plan,
+    "fsdp": fsdp.plan,
+    "tp": megatron.plan,
+    "1f1b": one_f_one_b.plan,
+}
+
+
+def find(strategy: str) -> Callable[..., Plan]:
+    """Return the function that writes plans of `strategy`; UsageError for an unknown one."""
+    if strategy not in STRATEGIES:
+        raise unknown_name("strategy", strategy, STRATEGIES)
+    return STRATEGIES[strategy]

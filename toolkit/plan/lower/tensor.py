@@ -1,0 +1,65 @@
+"""Tensor parallel: Linears split by columns and rows with torch's DTensor styles."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from toolkit.errors import UsageError
+
+
+class _SharedInput:
+    """Gives column-split Linears that read one tensor one DTensor of it.
+
+    Their input gradients are partial sums. Converted once, they are added here and all-reduced
+    once; converted by each Linear (as ColwiseParallel alone would), query, key and value would
+    all-reduce three times.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        self._seen: weakref.ref[torch.Tensor] | None = None
+        self._shared: DTensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        if self._seen is None or self._seen() is not x or self._shared is None:
+            self._shared = DTensor.from_local(x, self.mesh, (Replicate(),), run_check=False)
+            self._seen = weakref.ref(x)
+        return (self._shared, *args[1:])
+
+    def forget(self) -> None:
+        self._seen = self._shared = None
+
+
+def split(
+    module: nn.Module, mesh: DeviceMesh, columns: Sequence[str], rows: Sequence[str]
+) -> _SharedInput:
+    """Split the Linears at these paths over `mesh`, in place; every rank holds equal weights."""
+    shared = _SharedInput(mesh)
+    styles: dict[str, ParallelStyle] = {}
+    for path in (*columns, *rows):
+        found = module.get_submodule(path)
+        if not isinstance(found, nn.Linear):
+            raise UsageError(
+                f"{path} is a {type(found).__name__}; only nn.Linear is split by this lowering",
+                remedy="choose another strategy for this model",
+            )
+        styles[path] = ColwiseParallel() if path in columns else RowwiseParallel()
+    parallelize_module(module, mesh, styles, src_data_rank=None)
+    for path in columns:
+        # Before ColwiseParallel's own hook, which leaves a DTensor as it is.
+        module.get_submodule(path).register_forward_pre_hook(shared, prepend=True)
+    return shared

@@ -1,0 +1,148 @@
+"""Running a plan: a process group, the lowered model of this rank, steps, and measured spans.
+
+Ranks come from the environment torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, ...). gloo on CPU;
+NCCL on CUDA follows the same path and has never been run on hardware.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from toolkit import models
+from toolkit.errors import UsageError
+from toolkit.hardware.affinity import usable_cores
+from toolkit.plan import text
+from toolkit.plan.lower import compat, native
+from toolkit.plan.lower.native import Batch, Lowered
+from toolkit.plan.lower.recorder import Recorder
+from toolkit.plan.plan import Plan
+from toolkit.timeline import Timeline
+
+
+@dataclass(frozen=True)
+class Session:
+    """This rank's place among the others."""
+
+    rank: int
+    num_ranks: int
+    device: torch.device
+
+
+@contextlib.contextmanager
+def session() -> Iterator[Session]:
+    """Join the ranks torchrun started, and leave them at the end of the block.
+
+    Raises UsageError when the process was not started by torchrun or `launch`.
+    """
+    if "RANK" not in os.environ:
+        raise UsageError(
+            "this process is no rank: RANK is not set",
+            remedy="start it with: torchrun --nproc-per-node N ...",
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= num_local
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    torch.set_num_threads(max(1, usable_cores() // num_local))
+    compat.self_test()
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield Session(dist.get_rank(), dist.get_world_size(), device)
+        # Nobody leaves while another rank may still be sending.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def mesh_of(plan: Plan, here: Session) -> DeviceMesh:
+    """Return the plan's mesh over all ranks; UsageError when their number differs."""
+    if plan.num_ranks != here.num_ranks:
+        raise UsageError(
+            f"the plan is for {plan.num_ranks} ranks and {here.num_ranks} were started",
+            remedy=f"use torchrun --nproc-per-node {plan.num_ranks}",
+        )
+    return init_device_mesh(
+        here.device.type,
+        tuple(axis.size for axis in plan.mesh),
+        mesh_dim_names=tuple(axis.name for axis in plan.mesh),
+    )
+
+
+def build(plan: Plan, here: Session, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return the whole model on this rank, with the plan's seed: equal weights on every rank."""
+    wanted = dtype or getattr(torch, plan.provenance.dtype)
+    return models.load(plan.provenance.model).build(here.device, wanted, seed=plan.seed)
+
+
+def example(plan: Plan, here: Session, *, batch: int, seed: int) -> Batch:
+    """Return `batch` random samples of the plan's sizes, by input name; equal on every rank."""
+    return _inputs(plan, batch, str(here.device), seed)
+
+
+def _inputs(plan: Plan, batch: int, device: str, seed: int) -> Batch:
+    model = models.load(plan.provenance.model)
+    sizes: dict[str, Any] = {**plan.provenance.sizes, "batch": batch}
+    args, kwargs = model.example(**sizes, device=device, seed=seed)
+    bound = inspect.signature(model.build().forward).bind(*args, **kwargs)
+    # Two levels: a transformers forward takes some of its inputs as **kwargs.
+    named = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+    return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+
+
+def text_inputs(plan: Plan) -> tuple[str, str]:
+    """Return the names of the model's two inputs, ids and targets of one shape.
+
+    Raises UsageError for a model that takes something else, or fewer than 256 ids.
+    """
+    found = _inputs(plan, 1, "meta", 0)
+    model = models.load(plan.provenance.model)
+    ids = [name for name, value in found.items() if value.dtype == torch.int64]
+    if len(found) != 2 or len(ids) != 2 or len({value.shape for value in found.values()}) != 1:
+        raise UsageError(
+            f"{model.name} takes {', '.join(found)}, and text gives ids and targets",
+            remedy="train a language model, or copy recipes/train.py and change its inputs",
+        )
+    vocabulary = getattr(model.config, "vocab_size", None)
+    if vocabulary is not None and vocabulary < text.VOCABULARY:
+        raise UsageError(
+            f"{model.name} knows {vocabulary} ids, and bytes need {text.VOCABULARY}",
+            remedy=f"train a model with a vocabulary of at least {text.VOCABULARY}",
+        )
+    return ids[0], ids[1]
+
+
+def prepare(plan: Plan, here: Session, *, dtype: torch.dtype | None = None) -> Lowered:
+    """Build the model and lower the plan on this rank."""
+    mesh = mesh_of(plan, here)
+    return native.lower(
+        plan,
+        build(plan, here, dtype),
+        mesh,
+        Recorder(here.rank),
+        example(plan, here, batch=plan.microbatch, seed=plan.seed),
+    )
+
+
+def timeline(lowered: Lowered, title: str) -> Timeline:
+    """Gather every rank's spans into one measured timeline. All ranks must call this."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, lowered.recorder.spans)
+    return Timeline(title, tuple(span for spans in gathered for span in spans))
+
+
+def synchronise(lowered: Lowered) -> None:
+    """Start all ranks' clocks together (they share the machine's monotonic clock, or nearly)."""
+    dist.barrier()
+    lowered.recorder.reset()
