@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, cast
@@ -27,7 +28,10 @@ from toolkit.errors import ToolkitError
 # Every command takes `as_json: Json = False`.
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 
-out = Console(highlight=False)
+# Without a terminal rich would wrap at 80, which no table of ours reads well at.
+_WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+
+out = Console(highlight=False, width=_WIDTH)
 err = Console(stderr=True, highlight=False)
 
 

@@ -130,6 +130,7 @@ def _first_use(graph: OpGraph, paths: dict[str, Totals]) -> dict[str, int]:
 
 def render(graph: OpGraph, found: tuple[Row, ...]) -> Table:
     """Return the tree of `rows` as a table for the terminal."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
@@ -140,13 +141,15 @@ def render(graph: OpGraph, found: tuple[Row, ...]) -> Table:
         title_justify="left",
         title_style="bold",
         header_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
-    table.add_column("module", overflow="fold")
+    # A narrow terminal cuts names short, never figures; folded, a name would fill a screen.
+    table.add_column("module", no_wrap=True, overflow="ellipsis", min_width=10)
     columns = ["times", "ops", "parameters", "forward", "moved"]
     if graph.training:
         columns += ["backward", "saved"]
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+    lines: list[tuple[Text, list[str]]] = []
     for row in found:
         name = row.path.rpartition(".")[2] or graph.name
         label = Text("  " * row.depth + name)
@@ -163,6 +166,11 @@ def render(graph: OpGraph, found: tuple[Row, ...]) -> Table:
         if graph.training:
             cells.append(_cell(values.backward_flops, units.format_flops))
             cells.append(_cell(values.saved_bytes, units.format_bytes))
+        lines.append((label, cells))
+    for index, column in enumerate(columns):
+        width = max(len(cells[index]) for _, cells in lines)
+        table.add_column(column, justify="right", no_wrap=True, min_width=max(width, len(column)))
+    for label, cells in lines:
         table.add_row(label, *cells)
     return table
 
