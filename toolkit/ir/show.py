@@ -144,15 +144,15 @@ def render(graph: OpGraph, found: tuple[Row, ...]) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    # A narrow terminal cuts names short, never figures; folded, a name would fill a screen.
-    table.add_column("module", no_wrap=True, overflow="ellipsis", min_width=10)
+    # A narrow terminal cuts names short, never figures: the column may shrink, its cells not wrap.
+    table.add_column("module", min_width=10)
     columns = ["times", "ops", "parameters", "forward", "moved"]
     if graph.training:
         columns += ["backward", "saved"]
     lines: list[tuple[Text, list[str]]] = []
     for row in found:
         name = row.path.rpartition(".")[2] or graph.name
-        label = Text("  " * row.depth + name)
+        label = Text("  " * row.depth + name, no_wrap=True, overflow="ellipsis")
         if row.module:
             label.append(f" {row.module}", style="dim")
         values = row.totals
