@@ -9,10 +9,9 @@ carries (its language reference and standard library), read as bytes; `--dataset
 folder of text files, or any Hugging Face dataset with a `text` column. Copy this file and change
 it: everything it uses is public.
 
-`accelerate launch --num_processes 2 recipes/train.py ...` starts it just as well: both launchers
-set the same environment. Accelerate's own wrapping is not used, because the plan already says how
-the model is divided, and its data loaders are not, because the batch of a step is a function of
-(seed, step) that every rank computes alike.
+Hugging Face `datasets` reads the data; `accelerate` is not used: its wrapping would divide the
+model a second time, and its loaders would shard batches that here are a function of (seed, step),
+so that a run resumed under another plan sees the same text.
 """
 
 from __future__ import annotations

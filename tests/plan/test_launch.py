@@ -41,6 +41,16 @@ def test_ranks_that_hang_are_ended() -> None:
         launch.run(["-c", "import time; time.sleep(60)"], 2, timeout_s=0.5)
 
 
+def test_a_plan_for_another_number_of_ranks_says_how_to_start(tiny, two_ranks) -> None:
+    import torch
+
+    from toolkit.plan import planner, runtime
+
+    plan = planner.make(tiny, two_ranks, "dp")
+    with pytest.raises(ToolkitError, match=r"for 2 ranks and 3 were started.*--nproc-per-node 2"):
+        runtime.mesh_of(plan, runtime.Session(0, 3, torch.device("cpu")))
+
+
 def test_a_process_that_is_no_rank_is_told_how_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
     from toolkit.plan import runtime
 

@@ -51,6 +51,17 @@ def test_the_corners(toys, two_ranks, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", ["swin-nano", "t5-tiny"])
+def test_other_families(model: str, two_ranks, tmp_path: Path) -> None:
+    """Shifted windows, and an encoder whose output every later stage has to be handed."""
+    traced = subject.load(model, batch=4)
+    check(
+        [planner.make(traced, two_ranks, name, microbatches=2) for name in library.STRATEGIES],
+        tmp_path,
+    )
+
+
+@pytest.mark.slow
 def test_double_precision_agrees_to_1e_10(tiny, two_ranks, tmp_path: Path) -> None:
     plans = [planner.make(tiny, two_ranks, name) for name in library.STRATEGIES]
     for report in check(plans, tmp_path, dtype="float64"):

@@ -104,7 +104,6 @@ def test_partition_is_as_good_as_trying_every_cut(seconds: list[int], data: st.D
         ends = (*starts[1:], len(seconds))
         return max(sum(seconds[a:b]) for a, b in zip(starts, ends, strict=True))
 
-    best = min(
-        longest((0, *cuts)) for cuts in itertools.combinations(range(1, len(seconds)), parts - 1)
-    )
+    cuts = itertools.combinations(range(1, len(seconds)), parts - 1)
+    best = min(longest((0, *cut)) for cut in cuts)
     assert longest(chain.partition(seconds, parts)) == best

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from toolkit.cost import collective, roofline
@@ -9,7 +10,7 @@ from toolkit.cost.calibration import Calibration
 from toolkit.cost.work import Work
 from toolkit.hardware import Cluster
 from toolkit.ir import backward, formulas
-from toolkit.ir.graph import Op, OpGraph
+from toolkit.ir.graph import Op, OpGraph, item_bytes
 from toolkit.plan import chain
 from toolkit.plan.plan import Plan
 from toolkit.plan.transform import Region
@@ -67,11 +68,13 @@ class Costs:
     def seconds(self, work: Work, rank: int) -> float:
         return roofline.seconds(work, self.cluster.device(rank), calibration=self.calibration)
 
-    def collective_s(self, kind: str, num_bytes: float) -> float:
-        """Seconds of a collective over all ranks of the plan; nothing to do for none."""
+    def collective_s(
+        self, kind: str, num_bytes: float, ranks: Sequence[int] | None = None
+    ) -> float:
+        """Seconds of a collective over `ranks` (default: all of the plan); 0 for no bytes."""
         if not num_bytes:
             return 0.0
-        return collective.cost(kind, num_bytes, self.ranks, self.cluster).seconds
+        return collective.cost(kind, num_bytes, ranks or self.ranks, self.cluster).seconds
 
     def send_s(self, num_bytes: float, sender: int, receiver: int) -> float:
         if not num_bytes:
@@ -122,7 +125,7 @@ class Costs:
 
     def update_s(self, parameter_bytes: float, rank: int) -> float:
         """Seconds of the AdamW update of that many bytes of parameters."""
-        item = 8 if self.plan.provenance.dtype == "float64" else 4
+        item = item_bytes(self.plan.provenance.dtype)
         work = Work(
             "elementwise",
             flops=_ADAMW_FLOPS * parameter_bytes / item,

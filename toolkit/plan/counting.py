@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolkit.errors import ToolkitError
+from toolkit.plan.lower.compat import TorchDispatchMode
 
 _Arguments = tuple[Any, ...]
 

@@ -51,7 +51,7 @@ def _pipeline(plan: Plan, costs: Costs, pieces: list[tuple[Piece, ...]]) -> Iter
                     f"sum {name} on {stage}",
                     stage,
                     "network",
-                    costs.collective_s("all_reduce", num_bytes),
+                    costs.collective_s("all_reduce", num_bytes, holders),
                     "all_reduce",
                     tuple(ends[holder] for holder in holders),
                 )

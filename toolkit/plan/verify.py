@@ -156,8 +156,11 @@ def main() -> None:
     from toolkit.plan import runtime
 
     out, dtype, *paths = sys.argv[1:]
-    with runtime.session() as here:
-        reports = [run_rank(io.load(Path(path)), here, dtype) for path in paths]
+    try:
+        with runtime.session() as here:
+            reports = [run_rank(io.load(Path(path)), here, dtype) for path in paths]
+    except ToolkitError as error:
+        sys.exit(str(error))  # the parent shows it as what this rank printed
     if here.rank == 0:
         Path(out).write_text(json.dumps([to_json(report) for report in reports]))
 

@@ -7,13 +7,17 @@ that has moved is named at once and not by a wrong gradient.
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
 from torch.fx import Node
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolkit.errors import ToolkitError
+
+__all__ = ["TorchDispatchMode", "module_path", "self_test"]
 
 
 def module_path(node: Node) -> str:
@@ -60,12 +64,29 @@ def _stage_has_chunk_methods() -> bool:
     ) and all(hasattr(PipelineStage, name) for name in names)
 
 
+def _modes_see_operators() -> bool:
+    """Counting communication stands on a mode being handed every operator that runs."""
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        torch.ones(2).neg()
+    return "aten.neg.default" in seen
+
+
 def self_test() -> None:
     """Raise ToolkitError naming what this torch does differently."""
     wrong = [
         what
         for what, works in (
             ("torch.export keeps module paths in nn_module_stack", _exports_module_paths),
+            ("TorchDispatchMode sees every operator", _modes_see_operators),
             ("PipelineStage.forward_one_chunk and backward_one_chunk", _stage_has_chunk_methods),
         )
         if not works()
