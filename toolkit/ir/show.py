@@ -142,10 +142,11 @@ def render(graph: OpGraph, found: tuple[Row, ...]) -> Table:
         title_style="bold",
         header_style="bold",
         box=box.SIMPLE_HEAD,
+        collapse_padding=True,
         pad_edge=False,
     )
     # A narrow terminal cuts names short, never figures: the column may shrink, its cells not wrap.
-    table.add_column("module", min_width=10)
+    table.add_column("module", min_width=8)
     columns = ["times", "ops", "parameters", "forward", "moved"]
     if graph.training:
         columns += ["backward", "saved"]
