@@ -23,6 +23,7 @@ _STEPS: tuple[tuple[str, Callable[[steps.Setting], steps.Found]], ...] = (
     (f"trace {steps.PLANNED} and plan it for two ranks", steps.plan),
     ("train under the plan, checked against one device", steps.train),
     ("count what the ranks send", steps.verify),
+    (f"trace {steps.SERVED}", steps.trace),
     ("index Python's documentation", steps.build),
     (f"serve {steps.SERVED}, chat, and answer from the index", steps.serve_and_ask),
 )

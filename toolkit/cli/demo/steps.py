@@ -158,6 +158,14 @@ def verify(setting: Setting) -> Found:
     return Found(rows, facts=report)
 
 
+def trace(setting: Setting) -> Found:
+    """Trace the model to be served, so that its answer times can be predicted from its work."""
+    made = child.toolkit(
+        "trace", SERVED, "--inference", "-o", setting.path("served.json"), threads=setting.cores
+    )
+    return Found((), facts={"digest": made["digest"], "path": setting.path("served.json")})
+
+
 def build(setting: Setting) -> Found:
     """Index Python's own documentation: passages, embeddings, inverted lists."""
     limit = "200" if setting.quick else "1500"
@@ -187,16 +195,43 @@ def serve_and_ask(setting: Setting) -> Found:
         )  # fmt: skip
         engine = files.from_json(_get(f"{ready['url']}/timeline"))
     cited = {citation["number"] for citation in answer["citations"]}
+    prompt, output = said["usage"]["prompt_tokens"], said["usage"]["completion_tokens"]
+    expected = _expected(setting, prompt, prompt + output // 2)
     rows = (
-        Row("serve", "time to first token", measured=format_seconds(said["ttft_s"])),
-        Row("serve", "a token after the first", measured=format_seconds(said["tbt_s"])),
+        Row(
+            "serve", f"time to first token, {prompt} tokens of prompt",
+            predicted=format_seconds(expected["ttft_s"]), measured=format_seconds(said["ttft_s"]),
+        ),
+        Row(
+            "serve", "a token after the first",
+            predicted=format_seconds(expected["tbt_s"]), measured=format_seconds(said["tbt_s"]),
+        ),
         Row("rag", "search", measured=format_seconds(answer["timings"]["scan_s"])),
         Row("rag", "the whole answer", measured=format_seconds(answer["timings"]["total_s"])),
         Row("rag", "passages cited, of those given", measured=f"{len(cited)} of "
             f"{len(answer['hits'])}"),
     )  # fmt: skip
     asked = files.load(setting.folder / "asked.json")
-    return Found(rows, (engine, asked), {"chat": said, "answer": answer, "server": ready})
+    facts = {"chat": said, "expected": expected, "answer": answer, "server": ready}
+    return Found(rows, (engine, asked), facts)
+
+
+def _expected(setting: Setting, prompt_tokens: int, context: int) -> dict[str, float]:
+    """Predict TTFT and TBT: the work of every operator at those sizes, on this machine as probed.
+
+    Queueing, scheduling and HTTP are not in it.
+    """
+    from toolkit.cost import roofline
+    from toolkit.hardware import find_device
+    from toolkit.ir import OpGraph, formulas
+
+    graph, device = OpGraph.load(setting.folder / "served.json"), find_device("cpu")
+
+    def seconds(**sizes: int) -> float:
+        at = graph.at(**sizes)
+        return sum(roofline.seconds(formulas.work(op, at), device) for op in at.ops)
+
+    return {"ttft_s": seconds(tokens=prompt_tokens), "tbt_s": seconds(tokens=1, context=context)}
 
 
 def _chat(url: str, model: str, max_tokens: int) -> dict[str, Any]:
