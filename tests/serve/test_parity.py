@@ -182,7 +182,12 @@ LLAMA3_ROPE = {
     ],
     ids=["llama", "llama-biased-tied", "llama3-rope", "linear-rope", "mistral", "qwen2", "qwen3"],
 )
-def test_other_architectures(config: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
+def test_other_architectures(
+    config: Any, packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not packed:
+        monkeypatch.setattr("toolkit.serve.model.linear._has_packed_products", lambda: False)
     torch.manual_seed(7)
     theirs = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager"

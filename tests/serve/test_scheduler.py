@@ -168,6 +168,43 @@ def test_random_traffic(
     assert sum(scheduler.num_finished.values()) == len(trace)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    trace=st.lists(arrivals, min_size=1, max_size=10),
+    num_blocks=st.integers(18, 30),
+    turns=st.lists(st.sampled_from(["prefill", "decode", "finish"]), min_size=4, max_size=40),
+)
+def test_random_traffic_with_both_phases_in_flight(
+    trace: list[Arrival], num_blocks: int, turns: list[str]
+) -> None:
+    """A divided engine's life: each phase begins and ends its steps whenever it likes."""
+    engine, executor = fake_engine(num_blocks=num_blocks, max_batch=4, step_tokens=12)
+    scheduler = engine.scheduler
+    made = [request(f"r{i}", a.prompt, a.output) for i, a in enumerate(trace)]
+    for each in made:
+        engine.add(each)
+    flying: dict[str, Batch] = {}
+    for step in range(20_000):
+        if not scheduler.has_work:
+            break
+        # Whatever the drawn turns are, both phases go on getting theirs.
+        turn = turns[step % len(turns)] if step < 200 else ("prefill", "decode", "finish")[step % 3]
+        if turn == "finish":
+            for name in sorted(flying):
+                batch = flying.pop(name)
+                scheduler.update(batch, executor.run(batch).token_ids, step)
+        elif turn not in flying:
+            batch = scheduler.schedule(step, (Phase(turn),))
+            if batch:
+                flying[turn] = batch
+        ids = [piece.request.id for batch in flying.values() for piece in batch.slices]
+        assert len(ids) == len(set(ids)), "a request is in flight twice"
+        scheduler.check_integrity()
+    assert not scheduler.has_work
+    assert scheduler.pool.num_used == 0
+    assert [len(each.output_ids) for each in made] == [arrival.output for arrival in trace]
+
+
 def test_preemption_takes_the_newest_and_keeps_its_place() -> None:
     # 8 blocks of 4: two requests fit until both grow.
     engine, executor = fake_engine(num_blocks=8, block_size=4, max_batch=4, max_context=32)

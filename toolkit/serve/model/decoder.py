@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from toolkit.serve.model.config import DecoderConfig
 from toolkit.serve.model.inputs import StepInput
+from toolkit.serve.model.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,13 @@ class Layer:
     """One layer's weights. Query, key, value are one matrix, gate and up another: fewer calls."""
 
     attention_norm: torch.Tensor
-    qkv_weight: torch.Tensor
-    qkv_bias: torch.Tensor | None
+    qkv: Linear
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    output_weight: torch.Tensor
-    output_bias: torch.Tensor | None
+    output: Linear
     ffn_norm: torch.Tensor
-    gate_up_weight: torch.Tensor
-    down_weight: torch.Tensor
+    gate_up: Linear
+    down: Linear
 
 
 class PagedKV:
@@ -71,20 +70,21 @@ class Decoder:
         self.config = config
         self.embedding = weights.pop("embed_tokens.weight")
         self.norm = weights.pop("norm.weight")
-        self.head = self.embedding if config.tied_head else weights.pop("lm_head.weight")
+        self.head = Linear(self.embedding if config.tied_head else weights.pop("lm_head.weight"))
         self.layers = [_layer(weights, f"layers.{i}.") for i in range(config.num_layers)]
         self._cos, self._sin = _rotary(config)
         assert not weights, f"weights nobody reads: {sorted(weights)}"
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights, each counted once."""
-        held = [self.embedding, self.norm, self._cos, self._sin]
-        if not self.config.tied_head:
-            held.append(self.head)
+        """Bytes of all weights as held: a tied embedding is there twice, once laid out as head."""
+        held = self.embedding.nbytes + self.norm.nbytes + self.head.num_bytes
         for layer in self.layers:
-            held += [tensor for tensor in vars(layer).values() if tensor is not None]
-        return sum(tensor.nbytes for tensor in held)
+            norms = (layer.attention_norm, layer.ffn_norm, layer.q_norm, layer.k_norm)
+            held += sum(norm.nbytes for norm in norms if norm is not None)
+            products = (layer.qkv, layer.output, layer.gate_up, layer.down)
+            held += sum(product.num_bytes for product in products)
+        return held
 
     @torch.inference_mode()
     def forward(self, step: StepInput, cache: PagedKV) -> torch.Tensor:
@@ -97,20 +97,19 @@ class Decoder:
             normed_NE = F.rms_norm(x_NE, size, layer.attention_norm, eps)
             qkv_NHD = self._project(layer, normed_NE, cos_N1D, sin_N1D)
             mixed_NE = self._attend(index, qkv_NHD, step, cache)
-            x_NE = x_NE + F.linear(mixed_NE, layer.output_weight, layer.output_bias)
+            x_NE = x_NE + layer.output(mixed_NE)
             normed_NE = F.rms_norm(x_NE, size, layer.ffn_norm, eps)
-            gate_NF, up_NF = F.linear(normed_NE, layer.gate_up_weight).chunk(2, dim=-1)
-            x_NE = x_NE + F.linear(F.silu(gate_NF).mul_(up_NF), layer.down_weight)
+            gate_NF, up_NF = layer.gate_up(normed_NE).chunk(2, dim=-1)
+            x_NE = x_NE + layer.down(F.silu(gate_NF).mul_(up_NF))
         last = F.rms_norm(x_NE[step.sample_rows], size, self.norm, eps)
-        return F.linear(last, self.head)
+        return self.head(last)
 
     def _project(
         self, layer: Layer, x_NE: torch.Tensor, cos_N1D: torch.Tensor, sin_N1D: torch.Tensor
     ) -> torch.Tensor:
         """Return queries, keys and values `[N, H + 2K, D]`, the first two rotated."""
         config = self.config
-        qkv = F.linear(x_NE, layer.qkv_weight, layer.qkv_bias)
-        qkv_NHD = qkv.view(len(x_NE), -1, config.head_size)
+        qkv_NHD = layer.qkv(x_NE).view(len(x_NE), -1, config.head_size)
         num_heads, num_kv = config.num_heads, config.num_kv_heads
         if layer.q_norm is not None and layer.k_norm is not None:
             size, eps = (config.head_size,), config.rms_norm_eps
@@ -175,19 +174,20 @@ def _layer(weights: MutableMapping[str, torch.Tensor], prefix: str) -> Layer:
     def joined(*names: str) -> torch.Tensor:
         return torch.cat([weights.pop(prefix + name) for name in names])
 
-    biased = prefix + "self_attn.q_proj.bias" in weights
     qkv = [f"self_attn.{name}_proj" for name in "qkv"]
+    biased = f"{prefix}{qkv[0]}.bias" in weights
     return Layer(
-        attention_norm=weights.pop(prefix + "input_layernorm.weight"),
-        qkv_weight=joined(*(f"{name}.weight" for name in qkv)),
-        qkv_bias=joined(*(f"{name}.bias" for name in qkv)) if biased else None,
+        attention_norm=joined("input_layernorm.weight"),
+        qkv=Linear(
+            joined(*(f"{name}.weight" for name in qkv)),
+            joined(*(f"{name}.bias" for name in qkv)) if biased else None,
+        ),
         q_norm=optional("self_attn.q_norm.weight"),
         k_norm=optional("self_attn.k_norm.weight"),
-        output_weight=weights.pop(prefix + "self_attn.o_proj.weight"),
-        output_bias=optional("self_attn.o_proj.bias"),
-        ffn_norm=weights.pop(prefix + "post_attention_layernorm.weight"),
-        gate_up_weight=joined("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-        down_weight=weights.pop(prefix + "mlp.down_proj.weight"),
+        output=Linear(joined("self_attn.o_proj.weight"), optional("self_attn.o_proj.bias")),
+        ffn_norm=joined("post_attention_layernorm.weight"),
+        gate_up=Linear(joined("mlp.gate_proj.weight", "mlp.up_proj.weight")),
+        down=Linear(joined("mlp.down_proj.weight")),
     )
 
 
