@@ -101,5 +101,9 @@ def garden_index(garden: Path, tiny_dir: Path, tmp_path_factory: pytest.TempPath
     from toolkit.rag import Encoder, build_index, find_corpus
 
     path = tmp_path_factory.mktemp("garden-index") / "index"
-    build_index(find_corpus(str(garden)), path, Encoder.load(str(tiny_dir)), passage_words=12)
+    # Several shards, so that their order matters.
+    build_index(
+        find_corpus(str(garden)), path, Encoder.load(str(tiny_dir)),
+        passage_words=12, shard_passages=3,
+    )  # fmt: skip
     return path

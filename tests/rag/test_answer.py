@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from toolkit.errors import UsageError
-from toolkit.rag import Answer, Encoder, Message, Retriever, ask, build_index, find_corpus
-from toolkit.rag.answer import NOT_FOUND
+from toolkit.rag import Answer, Encoder, Hit, Message, Retriever, ask, build_index, find_corpus
+from toolkit.rag.answer import NOT_FOUND, cite
 
 
 class Parrot:
@@ -92,6 +92,20 @@ def test_citations_open_at_the_lines_they_name(python_docs: Retriever) -> None:
             assert word in " ".join(lines)
         assert passage.text.split()[0] in lines[0]
         assert passage.text.split()[-1] in lines[-1]
+
+
+def test_a_marker_belongs_to_the_sentence_it_stands_in(garden_index: Path) -> None:
+    hits = [Hit(passage, 1.0) for passage in list(Retriever.open(garden_index).index.passages)[:3]]
+    text = "[1] Zebras graze. [2] Lions hunt.\n\n[3] Birds fly."
+    written = [(1, 0), (2, text.index("[2]")), (3, text.index("[3]"))]
+    found, unsupported = cite(text, written, hits)
+    assert [(c.number, c.how, text[slice(*c.sentence)]) for c in found] == [
+        (1, "written", "[1] Zebras graze. [2]"),
+        (2, "written", "[1] Zebras graze. [2]"),
+        (3, "written", "[3] Birds fly."),
+    ]
+    assert unsupported == ("Lions hunt.",)
+    assert [c.support for c in found] == [0, 0, 0]
 
 
 def test_without_markers_the_best_passage_is_attributed(python_docs: Retriever) -> None:

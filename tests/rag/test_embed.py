@@ -112,6 +112,27 @@ def test_a_changed_encoder_is_refused(tmp_path: Path, make_encoder: MakeEncoder)
         Encoder.matching(info)
 
 
+def test_torn_weights_are_named(tmp_path: Path, make_encoder: MakeEncoder) -> None:
+    folder = make_encoder(tmp_path / "encoder")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(FormatError, match=f"{folder} does not hold an encoder"):
+        Encoder.load(str(folder))
+
+
+def test_weights_that_are_not_there_are_not_made_up(
+    tmp_path: Path, make_encoder: MakeEncoder
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = make_encoder(tmp_path / "encoder")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "layer.1.output" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=r"lacks 4 weights of its model, encoder\.layer\.1"):
+        Encoder.load(str(folder))
+
+
 def test_a_folder_without_an_encoder_is_named(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=f"{tmp_path} holds no weights"):
         Encoder.load(str(tmp_path))

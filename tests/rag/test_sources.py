@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,10 +64,23 @@ def test_any_html_gives_lines_of_the_page(parts: list[str]) -> None:
     assert document.text.count("text") == page.count("text")
 
 
+def test_an_index_inside_the_folder_is_left_out(
+    garden: Path, garden_index: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(garden, tmp_path / "garden"))
+    shutil.copytree(garden_index, folder / "runs" / "index")
+    found, skipped = _read(str(folder))
+    assert skipped["runs/index"] == "an index of documents"
+    assert len(found) == 4
+
+
 def test_jsonl_errors_name_the_line(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "fine"}\n{"text": \n')
     with pytest.raises(FormatError, match=r"rows\.jsonl, line 2: not JSON"):
+        _read(str(file))
+    file.write_bytes(b'{"text": "fine"}\n{"text": "\xff"}\n')
+    with pytest.raises(FormatError, match=r"rows\.jsonl, line \d: not JSON"):
         _read(str(file))
     file.write_text('{"body": "text is here"}\n')
     with pytest.raises(UsageError, match=r"line 1: no text in the field 'text'.*it has: body"):

@@ -188,7 +188,8 @@ def ask(
         files.save(answer.timeline, timeline)
     if show:
         view.out.print("\n")
-    view.emit(answer.to_json(), as_json=as_json, render=lambda: _sources(answer, retriever))
+    value = {**answer.to_json(), "root": retriever.index.manifest.corpus.root}
+    view.emit(value, as_json=as_json, render=lambda: _sources(answer, retriever))
 
 
 @app.command(name="eval")
@@ -327,12 +328,8 @@ def _sources(answer: Answer, retriever: Retriever) -> Any:
         cites = [each for each in answer.citations if each.number == number]
         how = ", ".join(sorted({each.how for each in cites}))
         best = f"{max(each.support for each in cites):.0%}" if cites else ""
-        file = retriever.file(hit.passage)
-        place = f"{file.parent / hit.passage.place.rsplit('/', 1)[-1]}" if file else None
-        rows.append(
-            (number, how or "-", best, f"{hit.score:.3f}", place or hit.passage.place,
-             _plain(hit.passage.title))
-        )  # fmt: skip
+        row = (number, how or "-", best, f"{hit.score:.3f}", hit.passage.place)
+        rows.append((*row, _plain(hit.passage.title)))
     timings = ", ".join(
         f"{name.removesuffix('_s')} {units.format_seconds(value)}"
         for name, value in answer.timings.items()
@@ -342,6 +339,9 @@ def _sources(answer: Answer, retriever: Retriever) -> Any:
         parts.append(
             view.table("sources", ["no>", "cited", "words held>", "score>", "place", "title"], rows)
         )
+    root = retriever.index.manifest.corpus.root
+    if rows and root:
+        parts.append(Text(f"places are below {root}"))
     if answer.unsupported:
         parts.append(Text(f"{len(answer.unsupported)} sentence(s) that no passage supports"))
     parts.append(Text(f"measured: {timings}"))

@@ -83,18 +83,7 @@ class Encoder:
         there is no such encoder, FormatError when its files are not one.
         """
         folder = _folder(ref, fetching)
-        transformers = require("transformers", extra="rag")
-        transformers.utils.logging.disable_progress_bar()
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            module = transformers.AutoModel.from_pretrained(
-                folder, local_files_only=True, dtype="float32"
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise FormatError(
-                f"{folder} does not hold an encoder: {str(error).splitlines()[0]}",
-                remedy="give a folder with config.json, a tokenizer and safetensors weights",
-            ) from error
+        module, tokenizer = _files(folder)
         limit = _trained_tokens(folder, module.config, tokenizer)
         if max_tokens is not None and not 3 <= max_tokens <= limit:
             raise UsageError(f"{ref} reads between 3 and {limit} tokens, not {max_tokens}")
@@ -230,6 +219,29 @@ def _folder(ref: str, fetching: Callable[[int, int], None] | None) -> Path:
             remedy="try minilm-l6",
         )
     return found.path
+
+
+def _files(folder: Path) -> tuple[Any, Any]:
+    """Return the (model, tokenizer) of a folder, with every weight found in its files."""
+    transformers = require("transformers", extra="rag")
+    safetensors = require("safetensors", extra="rag")
+    transformers.utils.logging.disable_progress_bar()
+    remedy = "give a folder with config.json, a tokenizer and whole weights"
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        module, loading = transformers.AutoModel.from_pretrained(
+            folder, local_files_only=True, dtype="float32", output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        reason = str(error).strip().split("\n", maxsplit=1)[0]
+        raise FormatError(f"{folder} does not hold an encoder: {reason}", remedy=remedy) from error
+    # transformers fills in what is missing at random. The pooler is not used here.
+    missing = sorted(key for key in loading["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise FormatError(
+            f"{folder} lacks {len(missing)} weights of its model, {missing[0]} first", remedy=remedy
+        )
+    return module, tokenizer
 
 
 def _fingerprint(folder: Path) -> str:

@@ -58,7 +58,7 @@ class Retriever:
     def vector(self, query: str, documents: Sequence[str] = ()) -> np.ndarray:
         """Return the unit vector [dims] of a query, or of its mean with hypothetical documents.
 
-        The mean is HyDE's (Gao et al. 2022, arXiv 2212.10496, equation 8).
+        The mean is HyDE's (Gao et al. 2022, arXiv 2212.10496, section 3.2).
         """
         parts = [self.encoder.queries([query])]
         if documents:

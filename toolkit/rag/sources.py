@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from toolkit.errors import FormatError, UsageError, require, unknown_name
+from toolkit.errors import FormatError, ToolkitError, UsageError, require, unknown_name
 from toolkit.rag import python_docs
 from toolkit.rag.corpus import Corpus, Document, Line
 
@@ -64,6 +64,10 @@ def find(spec: str, *, text_field: str = "text") -> Corpus:
 def _folder_documents(root: Path, text_field: str, skipped: Skipped) -> Iterator[Document]:
     """Yield the documents of every readable file below `root`, by path; hidden ones left out."""
     for place, folders, files in os.walk(root):
+        if _is_index(Path(place)):
+            skipped(Path(place).relative_to(root).as_posix(), "an index of documents")
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if name.startswith("."):
@@ -74,6 +78,12 @@ def _folder_documents(root: Path, text_field: str, skipped: Skipped) -> Iterator
                 yield from _file_documents(path, source, text_field, skipped)
             else:
                 skipped(source, f"{path.suffix or 'a file without suffix'} is not read")
+
+
+def _is_index(folder: Path) -> bool:
+    """Whether a folder is an index, whole or unfinished; its texts are other files'."""
+    marks = ("manifest.json", "building")
+    return (folder / ".lock").exists() and any((folder / name).exists() for name in marks)
 
 
 def _file_documents(
@@ -190,20 +200,20 @@ class _Page(HTMLParser):
 
 def _jsonl_documents(path: Path, source: str, text_field: str) -> Iterator[Document]:
     """Yield a document a record; its line is the record's line in the file."""
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise FormatError(f"{path}, line {number}: not JSON ({error.msg})") from error
-            where = f"{path}, line {number}"
-            text, title = _fields(record, text_field, where)
-            yield _row(source, title, text, number)
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    where = f"{path}, line {number}"
+                    yield _row(source, *_fields(json.loads(line), text_field, where), number)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path}, line {number}: not JSON ({error})") from error
+    except OSError as error:
+        raise ToolkitError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _row(source: str, title: str, text: str, number: int) -> Document:
+def _row(source: str, text: str, title: str, number: int) -> Document:
     numbers = (number,) * (text.count("\n") + 1)
     return Document(source, title, text, numbers, numbers)
 
@@ -241,9 +251,12 @@ def _dataset(name: str, split: str) -> Iterable[Any]:
 def _row_documents(
     name: str, rows: Iterable[Any], text_field: str, skipped: Skipped
 ) -> Iterator[Document]:
-    for number, row in enumerate(rows, start=1):
-        text, title = _fields(row, text_field, f"{name}, row {number}")
-        if text.strip():
-            yield _row(name, title, text, number)
-        else:
-            skipped(f"{name}:{number}", "an empty row")
+    try:
+        for number, row in enumerate(rows, start=1):
+            text, title = _fields(row, text_field, f"{name}, row {number}")
+            if text.strip():
+                yield _row(name, text, title, number)
+            else:
+                skipped(f"{name}:{number}", "an empty row")
+    except OSError as error:  # a streamed data set comes over the network
+        raise ToolkitError(f"reading the data set {name!r} failed: {error}") from error

@@ -7,7 +7,6 @@ import re
 from toolkit.rag.citations import MARKER, sentences
 
 _WORD_END = re.compile(r"[\w)\]]")
-_CITED = re.compile(rf"\s*{MARKER.pattern}")
 _NUMBERS = re.compile(r"\d+")
 _PARTIAL = re.compile(r" *(?:\[[\d,; ]*)?")
 
@@ -146,4 +145,4 @@ def _counts(words: str) -> bool:
 
 
 def _words(text: str) -> str:
-    return " ".join(_CITED.sub("", text).split()).lower()
+    return " ".join(re.findall(r"\w+", MARKER.sub("", text))).lower()

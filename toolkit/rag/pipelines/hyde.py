@@ -1,7 +1,7 @@
 """HyDE: search with a passage the model makes up, which looks more like an answer than a question.
 
 Gao et al. 2022, "Precise Zero-Shot Dense Retrieval without Relevance Labels", arXiv 2212.10496:
-the query vector is the mean of the question's and of the hypothetical documents' (equation 8);
+the query vector is the mean of the question's and of the hypothetical documents' (section 3.2);
 here one document is written. TeleRAG calls this pipeline "linear".
 """
 
