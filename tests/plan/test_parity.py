@@ -87,17 +87,24 @@ def test_a_transformers_llama_unmodified(two_ranks, tmp_path: Path) -> None:
     check(plans, tmp_path)
 
 
-def test_a_wrong_prediction_is_found(tiny, two_ranks, tmp_path: Path) -> None:
-    """The check can fail: one call too many, and a byte too few, are both reported."""
+def test_a_wrong_prediction_and_a_wrong_plan_are_found(tiny, two_ranks, tmp_path: Path) -> None:
+    """The checks can fail: a call too many is reported, and so are gradients nobody reduced."""
     plan = planner.make(tiny, two_ranks, "dp")
     row = plan.prediction.traffic[0]
     wrong = replace(row, count=row.count + 1, num_bytes=row.num_bytes - 1)
-    path = tmp_path / "plan.json"
-    io.save(replace(plan, prediction=replace(plan.prediction, traffic=(wrong,))), path)
-    (report,) = verify.verify([path])
-    assert report.parity.holds
-    assert not report.holds
-    assert report.traffic[0].counted == (row.count, row.num_bytes)
+    off = replace(plan, prediction=replace(plan.prediction, traffic=(wrong,)))
+    unreduced = replace(plan, placements=plan.placements[:-1])
+    assert plan.placements[-1].module == ""
+    paths = [tmp_path / "off.json", tmp_path / "unreduced.json"]
+    for made, path in zip((off, unreduced), paths, strict=True):
+        io.save(made, path)
+    predicted_wrong, planned_wrong = verify.verify(paths)
+    assert predicted_wrong.parity.holds
+    assert not predicted_wrong.holds
+    assert predicted_wrong.traffic[0].counted == (row.count, row.num_bytes)
+    assert not planned_wrong.parity.holds
+    assert not planned_wrong.parity.worst_gradient.startswith("blocks.")
+    assert planned_wrong.traffic[0].counted[0] == row.count - 1
 
 
 def test_plans_of_different_sizes_are_not_verified_together(
@@ -107,6 +114,11 @@ def test_plans_of_different_sizes_are_not_verified_together(
         io.save(planner.make(tiny, cluster, "dp"), tmp_path / f"{index}.json")
     with pytest.raises(UsageError, match="2 and 4 ranks"):
         verify.verify([tmp_path / "0.json", tmp_path / "1.json"])
+
+
+def test_half_precision_is_not_compared(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="float32 or float64, not in bfloat16"):
+        verify.verify([tmp_path / "plan.json"], dtype="bfloat16")
 
 
 def test_errors_of_a_gradient_are_relative_to_what_matters() -> None:

@@ -21,7 +21,7 @@ def test_make_show_simulate(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     made = run(*MAKE, "--strategy", "1f1b", "--batch", 8, "-o", path)
     assert made.exit_code == 0, made.output
-    assert "torchrun --nproc-per-node 2 recipes/train.py" in made.output.replace("\n", " ")
+    assert "torchrun --nproc-per-node 2 recipes/train.py" in " ".join(made.output.split())
     shown = run("show", path)
     assert shown.exit_code == 0, shown.output
     assert "0F0 0F1 0B0 0F2" in shown.output
@@ -47,6 +47,7 @@ def test_auto_prints_what_it_considered(tmp_path: Path) -> None:
     ("arguments", "error", "message"),
     [
         (["--strategy", "dpp"], UsageError, "did you mean 'dp'"),
+        (["--dtype", "float31"], UsageError, "did you mean 'float32'"),
         (["--cluster", "cpux2x"], UsageError, "cpux2x"),
         (["--memory", "1 MiB", "--strategy", "dp"], InfeasibleError, "needs"),
         (["--strategy", "tp", "--cluster", "h100x8"], InfeasibleError, "does not divide 4"),

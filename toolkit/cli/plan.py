@@ -110,8 +110,8 @@ def make(
         render=lambda: Group(
             *([_considered(outcomes, plan), ""] if outcomes else []),
             *_summary(plan),
-            f"wrote {output}; run it with: torchrun --nproc-per-node {plan.num_ranks} "
-            f"recipes/train.py --plan {output}",
+            f"wrote {output}; run it with:",
+            f"torchrun --nproc-per-node {plan.num_ranks} recipes/train.py --plan {output}",
         ),
     )
 

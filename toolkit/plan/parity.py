@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from toolkit.errors import UsageError
 from toolkit.plan import runtime
 from toolkit.plan.lower.native import Batch, Lowered, loss_of
 from toolkit.plan.plan import Plan
@@ -52,6 +53,16 @@ class Reference:
 
     loss: float
     gradients: Mapping[str, Tensor]
+
+
+def tolerance(dtype: str) -> float:
+    """Return the relative error allowed in `dtype`; UsageError where agreement says nothing."""
+    if dtype not in TOLERANCE:
+        raise UsageError(
+            f"parity with one device is checked in {' or '.join(TOLERANCE)}, not in {dtype}",
+            remedy="use `toolkit plan verify`, which runs the plan in float32",
+        )
+    return TOLERANCE[dtype]
 
 
 def reference(module: nn.Module, batch: Batch) -> Reference:
@@ -122,5 +133,5 @@ def compare(lowered: Lowered, loss: Tensor | None, want: Reference) -> Parity:
         worst_gradient=name,
         num_gradients=len(worst),
         missing=tuple(sorted(set(want.gradients) - set(worst))),
-        tolerance=TOLERANCE[dtype],
+        tolerance=tolerance(dtype),
     )

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from toolkit.errors import InfeasibleError, UsageError
+from toolkit.errors import InfeasibleError, UsageError, unknown_name
 from toolkit.hardware import Cluster
 from toolkit.ir.graph import OpGraph
 from toolkit.plan import chain
 from toolkit.plan.plan import Plan, Provenance
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ def load(model: str, *, dtype: str = "float32", **sizes: int | None) -> Subject:
 
     from toolkit import ir, models
 
+    if dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
     found = models.load(model)
     wanted: dict[str, Any] = {
         **found.sizes,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import FormatError, ToolkitError, UsageError
-from toolkit.plan import io, launch
+from toolkit.plan import io, launch, parity
 from toolkit.plan.parity import Parity
 from toolkit.plan.plan import Plan, Traffic
 
@@ -57,6 +57,7 @@ def verify(paths: Sequence[Path], *, dtype: str = "float32") -> list[Report]:
     All plans must be for the same number of ranks. Raises UsageError or FormatError for a plan
     file that cannot be read, ToolkitError when a rank fails.
     """
+    parity.tolerance(dtype)
     plans = [io.load(path) for path in paths]
     numbers = sorted({plan.num_ranks for plan in plans})
     if len(numbers) != 1:
@@ -112,7 +113,7 @@ def run_rank(plan: Plan, here: Any, dtype: str) -> Report:
     import torch
     import torch.distributed as dist
 
-    from toolkit.plan import parity, runtime
+    from toolkit.plan import runtime
     from toolkit.plan.counting import Counter
 
     torch_dtype = getattr(torch, dtype)
