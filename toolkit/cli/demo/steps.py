@@ -193,7 +193,7 @@ def serve_and_ask(setting: Setting) -> Found:
             "--max-tokens", "48" if setting.quick else "120",
             "--timeline", setting.path("asked.json"), threads=1,
         )  # fmt: skip
-        engine = files.from_json(_get(f"{ready['url']}/timeline"))
+        engine = _fetch(f"{ready['url']}/timeline", setting.folder / "engine.json")
     cited = {citation["number"] for citation in answer["citations"]}
     prompt, output = said["usage"]["prompt_tokens"], said["usage"]["completion_tokens"]
     expected = _expected(setting, prompt, prompt + output // 2)
@@ -268,7 +268,9 @@ def _chat(url: str, model: str, max_tokens: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _get(url: str) -> dict[str, Any]:
+def _fetch(url: str, path: Path) -> Timeline:
+    """Keep the engine's timeline, which it serves as the file other commands read."""
     import httpx
 
-    return dict(httpx.get(url, timeout=30.0).raise_for_status().json())
+    record.write_bytes(path, httpx.get(url, timeout=30.0).raise_for_status().content)
+    return files.load(path)
