@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from toolkit.rag import Answer, Generator, Hit, Message, Retriever
     from toolkit.serve import LLM
 
-app = typer.Typer(help="Build an index of documents and answer from it.", no_args_is_help=True)
+app = typer.Typer(
+    help="Build an index of documents and answer from it.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 
 _Index = Annotated[Path, typer.Argument(metavar="INDEX", help="The folder of an index.")]
 _Probes = Annotated[
@@ -130,10 +134,10 @@ def search(
         [{"score": hit.score, **asdict(hit.passage)} for hit in hits],
         as_json=as_json,
         render=lambda: view.table(
-            f"nearest to {_plain(query)}",
+            f"nearest to {query}",
             ["score>", "place", "title", "text"],
             [
-                (f"{hit.score:.3f}", hit.passage.place, _plain(hit.passage.title), _excerpt(hit))
+                (f"{hit.score:.3f}", hit.passage.place, hit.passage.title, _excerpt(hit))
                 for hit in hits
             ],
         ),
@@ -329,7 +333,7 @@ def _sources(answer: Answer, retriever: Retriever) -> Any:
         how = ", ".join(sorted({each.how for each in cites}))
         best = f"{max(each.support for each in cites):.0%}" if cites else ""
         row = (number, how or "-", best, f"{hit.score:.3f}", hit.passage.place)
-        rows.append((*row, _plain(hit.passage.title)))
+        rows.append((*row, hit.passage.title))
     timings = ", ".join(
         f"{name.removesuffix('_s')} {units.format_seconds(value)}"
         for name, value in answer.timings.items()
@@ -350,9 +354,4 @@ def _sources(answer: Answer, retriever: Retriever) -> Any:
 
 def _excerpt(hit: Hit) -> str:
     words = " ".join(hit.passage.text.split())
-    return _plain(words if len(words) <= 160 else words[:157] + "...")
-
-
-def _plain(text: str) -> str:
-    """Keep square brackets of documents from being read as markup."""
-    return text.replace("[", r"\[")
+    return words if len(words) <= 160 else words[:157] + "..."
