@@ -68,19 +68,9 @@ class Running:
 
 
 def tiny_model() -> LoadedModel:
+    # 2 layers of 32, 4 heads over 2 key-value heads of 8; SmolLM2's vocabulary, for its tokenizer.
     config = DecoderConfig(
-        architecture="llama",
-        num_layers=2,
-        hidden_size=32,
-        num_heads=4,
-        num_kv_heads=2,
-        head_size=8,
-        ffn_size=48,
-        vocab_size=49_152,
-        max_context=4096,
-        rms_norm_eps=1e-5,
-        rope_theta=10_000.0,
-        tied_head=True,
+        "llama", 2, 32, 4, 2, 8, 48, 49_152, 4096, 1e-5, 10_000.0, tied_head=True
     )
     generator = torch.Generator().manual_seed(3)
     tensors = {

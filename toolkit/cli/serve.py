@@ -49,7 +49,6 @@ def _settings(*, threads: int | None, kv_memory: str | None, **given: Any) -> En
     # Read when torch is first imported, which is below; what the user has set stays.
     for name, value in thread_environment(threads or usable_cores()).items():
         os.environ.setdefault(name, value)
-    require("torch", extra="serve")
     from toolkit.serve.assemble import EngineSettings
 
     kv_bytes = None if kv_memory is None else parse_bytes(kv_memory)

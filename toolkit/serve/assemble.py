@@ -51,7 +51,6 @@ class Assembly:
     engine: Engine
     executor: CpuExecutor
     tokenizer: Tokenizer
-    settings: EngineSettings
 
     @property
     def vocab_size(self) -> int:
@@ -59,7 +58,7 @@ class Assembly:
 
     def layout(self) -> dict[str, Any]:
         """Return how the engine lies on this machine: threads, memory, limits."""
-        pool, scheduler = self.engine.scheduler.pool, self.engine.scheduler
+        scheduler, pool = self.engine.scheduler, self.engine.scheduler.pool
         return {
             "threads": self.executor.threads,
             "pinned_cpus": list(self.executor.cpus),
@@ -83,7 +82,7 @@ def assemble(ref: str | Path, settings: EngineSettings) -> Assembly:
     path = model_files.resolve(str(ref)).path
     tokenizer = Tokenizer.load(path)
     engine, executor = build(weights.load(path), settings)
-    return Assembly(engine, executor, tokenizer, settings)
+    return Assembly(engine, executor, tokenizer)
 
 
 def _threads(settings: EngineSettings) -> int:

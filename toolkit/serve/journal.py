@@ -26,7 +26,7 @@ class Journal:
     def __init__(self, capacity: int = 20_000, source: Source = "measured") -> None:
         self.source = source
         self._steps: deque[_Step] = deque(maxlen=capacity)
-        self._requests: deque[Request] = deque(maxlen=max(1, capacity // 10))
+        self._lives: deque[tuple[Span, ...]] = deque(maxlen=max(1, capacity // 10))
 
     def step(
         self, batch: Batch, start_s: float, end_s: float, *, num_waiting: int, kv_usage: float
@@ -41,8 +41,8 @@ class Journal:
         self._steps.append(_Step(batch.step, start_s, end_s, loads, num_waiting, kv_usage))
 
     def finished(self, request: Request) -> None:
-        """Note a request that has ended; its own times say the rest."""
-        self._requests.append(request)
+        """Note a request that has ended: its spans are kept, its tokens are not."""
+        self._lives.append(self._life(request))
 
     def timeline(self, title: str) -> Timeline:
         """Return tracks `prefill` and `decode` (steps), then one per request, and two counters.
@@ -59,8 +59,8 @@ class Journal:
                 span = (name, phase.value, step.start_s, step.end_s, self.source, phase.value)
                 spans.append(Span(*span, detail))
         spans.sort(key=lambda span: span.track != Phase.PREFILL.value)
-        for request in self._requests.copy():
-            spans += self._life(request)
+        for life in self._lives.copy():
+            spans += life
         counters = (
             Counter(
                 "KV cache used",
@@ -74,7 +74,7 @@ class Journal:
         )
         return Timeline(title, tuple(spans), counters if steps else ())
 
-    def _life(self, request: Request) -> list[Span]:
+    def _life(self, request: Request) -> tuple[Span, ...]:
         """Queued, prefill, decode: as far as the request came before it ended."""
         marks = (request.arrival_s, request.scheduled_s, request.first_token_s)
         detail = {
@@ -94,4 +94,4 @@ class Journal:
             if end_s is not None and end_s > start_s:
                 track = f"request {request.arrival_seq}"
                 spans.append(Span(group, track, start_s, end_s, self.source, group, detail))
-        return spans
+        return tuple(spans)

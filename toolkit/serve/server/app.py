@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 import toolkit
 from toolkit import record
@@ -120,21 +121,34 @@ def _encoded(service: Service, body: CompletionRequest) -> list[list[int]]:
     return prompts
 
 
+class _EventStream(StreamingResponse):
+    """Events of an answer. The call is left however sending ends, even before its first event."""
+
+    def __init__(self, answer: Answer, *, include_usage: bool) -> None:
+        events = answer.events(include_usage=include_usage)
+        super().__init__(events, media_type="text/event-stream")
+        self._call = answer.call
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._call:
+            await super().__call__(scope, receive, send)
+
+
 async def _send(
     answer: Answer, body: ChatRequest | CompletionRequest, request: Request
 ) -> Response:
     if body.stream:
-        events = answer.events(include_usage=body.include_usage)
-        return StreamingResponse(events, media_type="text/event-stream")
-    whole = asyncio.create_task(answer.whole())
-    gone = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait((whole, gone), return_when=asyncio.FIRST_COMPLETED)
-        # Nobody reads the response of a client that has gone; cancelling `whole` ends the call.
-        return JSONResponse(whole.result()) if whole.done() else Response(status_code=499)
-    finally:
-        gone.cancel()
-        whole.cancel()
+        return _EventStream(answer, include_usage=body.include_usage)
+    async with answer.call:
+        whole = asyncio.create_task(answer.whole())
+        gone = asyncio.create_task(_disconnected(request))
+        try:
+            await asyncio.wait((whole, gone), return_when=asyncio.FIRST_COMPLETED)
+            # Nobody reads what is sent to a client that has gone.
+            return JSONResponse(whole.result()) if whole.done() else Response(status_code=499)
+        finally:
+            gone.cancel()
+            whole.cancel()
 
 
 async def _disconnected(request: Request) -> None:

@@ -48,7 +48,10 @@ CHAT = Shape("chatcmpl", "chat.completion", "chat.completion.chunk", chat=True)
 
 @dataclass(frozen=True)
 class Answer:
-    """One HTTP request being answered. `echo` holds the prompt texts to repeat, if asked for."""
+    """One HTTP request being answered; whoever sends it enters and leaves `call`.
+
+    `echo` holds the prompt texts to repeat, if asked for.
+    """
 
     shape: Shape
     model: str
@@ -62,10 +65,9 @@ class Answer:
         """Wait for every choice, then return the response's body."""
         texts = [self._opening(index) for index in range(len(self.call.requests))]
         reasons: list[str | None] = [None] * len(texts)
-        async with self.call as call:
-            async for index, output in call:
-                texts[index] += output.text
-                reasons[index] = _reason(output.finish_reason)
+        async for index, output in self.call:
+            texts[index] += output.text
+            reasons[index] = _reason(output.finish_reason)
         choices = [
             self.shape.choice(index, text, reason)
             for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
@@ -73,30 +75,29 @@ class Answer:
         return self._body(self.shape.whole, choices) | {"usage": self._usage()}
 
     async def events(self, *, include_usage: bool) -> AsyncIterator[str]:
-        """Yield the response as server-sent events; the client's leaving aborts the call."""
+        """Yield the response as server-sent events."""
         usage: dict[str, Any] = {"usage": None} if include_usage else {}
 
         def event(*choices: dict[str, Any]) -> str:
             return _event(self._body(self.shape.piece, list(choices)) | usage)
 
-        async with self.call as call:
-            for index in range(len(call.requests)):
-                opening = self._opening(index)
-                if self.shape.chat or opening:
-                    yield event(self.shape.delta(index, opening, None, first=True))
-            try:
-                async for index, output in call:
-                    if output.text:
-                        yield event(self.shape.delta(index, output.text, None))
-                    if output.finish_reason is not None:
-                        yield event(self.shape.delta(index, None, _reason(output.finish_reason)))
-            except EngineDeadError as error:
-                # The status has been sent: all that is left is to say so in the stream.
-                yield _event(failures.body(500, str(error), code="engine_dead"))
-                return
-            if include_usage:
-                yield _event(self._body(self.shape.piece, []) | {"usage": self._usage()})
-            yield "data: [DONE]\n\n"
+        for index in range(len(self.call.requests)):
+            opening = self._opening(index)
+            if self.shape.chat or opening:
+                yield event(self.shape.delta(index, opening, None, first=True))
+        try:
+            async for index, output in self.call:
+                if output.text:
+                    yield event(self.shape.delta(index, output.text, None))
+                if output.finish_reason is not None:
+                    yield event(self.shape.delta(index, None, _reason(output.finish_reason)))
+        except EngineDeadError as error:
+            # The status has been sent: all that is left is to say so in the stream.
+            yield _event(failures.body(500, str(error), code="engine_dead"))
+            return
+        if include_usage:
+            yield _event(self._body(self.shape.piece, []) | {"usage": self._usage()})
+        yield "data: [DONE]\n\n"
 
     def _opening(self, index: int) -> str:
         choices_each = len(self.call.requests) // self.num_prompts
