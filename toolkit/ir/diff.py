@@ -28,9 +28,10 @@ class Change:
     @property
     def path(self) -> str:
         """The module path, its numbers replaced by `*` when several modules changed alike."""
-        if len(self.paths) == 1:
-            return self.paths[0]
-        return _pattern(self.paths[0])
+        return ".".join(
+            names[0] if len(set(names)) == 1 else "*"
+            for names in zip(*(path.split(".") for path in self.paths), strict=True)
+        )
 
 
 def _pattern(path: str) -> str:

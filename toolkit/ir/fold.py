@@ -107,7 +107,7 @@ def structure(graph: OpGraph, ops: Iterable[Op], path: str) -> str:
             if name not in local:
                 tensor = graph.tensors[name]
                 inner = (tensor.fqn or "").removeprefix(path) if tensor.role == "parameter" else ""
-                role = "outside" if tensor.role == "activation" else tensor.role
+                role = "outside" if tensor.role in ("activation", "input") else tensor.role
                 local[name] = (
                     f"{role} {outside} {inner} {tensor.shape} {tensor.dtype} {tensor.requires_grad}"
                 )

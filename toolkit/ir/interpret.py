@@ -30,7 +30,9 @@ def call(
     """Run `op` on `tensors` (by name), with other `arguments` where given; return its outputs."""
     target = overload(op.target)
     given = list((arguments or op.arguments).items())
-    values = [_value(value, tensors) for _, value in given]
+    # Where a graph runs is not part of it: on the tensors' device.
+    here = next((tensors[name].device for name in op.inputs), torch.device("cpu"))
+    values = [here if name == "device" else _value(value, tensors) for name, value in given]
     args = values[: op.num_positional]
     kwargs = {name: v for (name, _), v in zip(given, values, strict=True)}
     for name, _ in given[: op.num_positional]:

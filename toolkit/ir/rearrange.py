@@ -49,6 +49,8 @@ def _squeeze(b: Builder) -> None:
     given = b.op.arguments.get("dim")
     dims = range(len(spec)) if given is None else [given] if isinstance(given, int) else given
     gone = {place(dim, len(spec)) for dim in dims if b.in_shapes[0][dim] == 1}
+    # A dim that is named and stays, being larger than 1, would go if a part of it were of size 1.
+    b.fixed(*(spec[place(dim, len(spec))] for dim in dims))
     b.outputs[0] = tuple(axis for dim, axis in enumerate(spec) if dim not in gone)
 
 

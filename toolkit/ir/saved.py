@@ -51,7 +51,8 @@ _TABLE = {
         "type_as float roll flip repeat pad constant_pad_nd tril triu cumsum diff "
         "view expand transpose permute unsqueeze squeeze slice select split chunk split_with_sizes "
         "unbind alias t unflatten expand_as view_as movedim swapaxes narrow mT diagonal "
-        "adaptive_avg_pool1d floor ceil round trunc lift_fresh lift_fresh_copy broadcast_tensors unfold im2col "
+        "adaptive_avg_pool1d floor ceil round trunc lift_fresh lift_fresh_copy "
+        "broadcast_tensors unfold im2col "
         "slice_scatter select_scatter copy fill index_add repeat_interleave meshgrid detach "
         "adaptive_avg_pool2d tensor_split",
     "other if self, self if other": "mul matmul",

@@ -29,6 +29,14 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+# The argument in which these are told the shape to make.
+SHAPE_ARGUMENT = {
+    "aten.view": "size", "aten.reshape": "shape", "aten.expand": "size",
+    "aten._unsafe_view": "size",
+}  # fmt: skip
+_RESHAPES = frozenset({"aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten"})
+
+
 @dataclass(frozen=True)
 class Size:
     """A dim or scalar that depends on the sizes, as text over their names: `batch*tokens`."""
@@ -142,20 +150,18 @@ def evaluated(graph: OpGraph, wanted: Mapping[str, int]) -> OpGraph:
     return made
 
 
-_RESHAPES = frozenset({"aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten"})
-
-
 def _check_views(graph: OpGraph) -> None:
     """A size that rounds down somewhere shows where as many elements must come out as go in."""
     for op in graph.ops:
         if op.kind not in _RESHAPES:
             continue
         before, after = graph.tensors[op.inputs[0]], graph.tensors[op.outputs[0]]
-        if before.numel != after.numel:
+        asked = op.arguments.get(SHAPE_ARGUMENT.get(op.kind, ""), after.shape)
+        if before.numel != after.numel or asked != after.shape:
             sizes = ", ".join(f"{name}={value}" for name, value in graph.sizes.items())
             raise UsageError(
                 f"{graph.name} does not fit {sizes}: {op.name} ({op.source}) would make "
-                f"{after.shape} of {before.shape}"
+                f"{asked} of {before.shape}"
             )
 
 

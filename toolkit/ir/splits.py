@@ -260,6 +260,9 @@ def _cat(b: Builder) -> None:
     b.fixed(out[dim])
     b.outputs[0] = tuple(out)
     for index, shape in enumerate(b.in_shapes):
+        if shape == (0,) != b.out_shapes[0]:  # torch ignores these, whatever the others' rank
+            b.inputs[index] = b.fresh(shape, "^")
+            continue
         spec = list(out)
         spec[dim] = b.new(shape[dim], "^")
         b.inputs[index] = tuple(spec)

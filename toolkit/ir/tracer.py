@@ -22,7 +22,7 @@ from toolkit.errors import ToolkitError
 from toolkit.ir import attention, capture, formulas, storage, symbols
 from toolkit.ir.capture import Axes, Captured
 from toolkit.ir.graph import Argument, Constant, Op, OpGraph, Ref, Tensor
-from toolkit.ir.scale import Evaluator, Scaling, Size
+from toolkit.ir.scale import SHAPE_ARGUMENT, Evaluator, Scaling, Size
 
 _log = log.get_logger(__name__)
 
@@ -37,11 +37,6 @@ _ROLES: dict[InputKind, Any] = {
     InputKind.CONSTANT_TENSOR: "constant",
     InputKind.USER_INPUT: "input",
 }
-# Their `size` argument may hold -1; the shape that came out is put in its place.
-_SHAPE_ARGUMENT = {
-    "aten.view": "size", "aten.reshape": "shape", "aten.expand": "size",
-    "aten._unsafe_view": "size",
-}  # fmt: skip
 _NOT_DIFFERENTIABLE = frozenset({"aten.detach", "aten.sign", "aten.empty_like", "aten.zeros_like",
                                  "aten.ones_like", "aten.rand_like", "aten.randn_like",
                                  "aten.full_like", "aten.new_zeros", "aten.new_ones",
@@ -247,9 +242,13 @@ class _Builder:
             grad_enabled=self.grad_enabled,
             autocast=self.autocast,
         )
-        if op.kind in _SHAPE_ARGUMENT:
-            shape = tuple(self.symbols(size) for size in values[0].shape)
-            symbolic[_SHAPE_ARGUMENT[op.kind]] = shape
+        if op.kind in SHAPE_ARGUMENT:
+            argument = SHAPE_ARGUMENT[op.kind]
+            given = symbolic[argument]
+            made = tuple(self.symbols(size) for size in values[0].shape)
+            symbolic[argument] = tuple(
+                size if asked == -1 else asked for asked, size in zip(given, made, strict=True)
+            )
         arguments = {key: self.now(value) for key, value in symbolic.items()}
         varying = {key: value for key, value in symbolic.items() if _varies(value)}
         if varying:
