@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from toolkit.ir import OpGraph
     from toolkit.ir.diff import Change
 
-app = typer.Typer(help="Show or compare traced graphs.", no_args_is_help=True)
+app = typer.Typer(help="Show or compare traced graphs.", no_args_is_help=True, add_completion=False)
 
 At = Annotated[
     list[str] | None,

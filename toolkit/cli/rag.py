@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -294,32 +292,7 @@ class _InProcess:
         from toolkit.serve import SamplingParams
 
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-        pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-        stopped = threading.Event()
-
-        def hear(_: int, text: str) -> None:
-            if stopped.is_set():
-                raise InterruptedError("the reader has gone")
-            pieces.put(text)
-
-        def run() -> None:
-            try:
-                self._llm.chat(messages, params, on_text=hear)
-                pieces.put(None)
-            except BaseException as error:  # handed to the reader, who raises it
-                pieces.put(error)
-
-        # The engine calls back; a reader pulls. A thread turns the one into the other.
-        thread = threading.Thread(target=run, name="in-process engine")
-        thread.start()
-        try:
-            while (piece := pieces.get()) is not None:
-                if isinstance(piece, BaseException):
-                    raise piece
-                yield piece
-        finally:
-            stopped.set()
-            thread.join()
+        return self._llm.stream(messages, params)
 
 
 def _sources(answer: Answer, retriever: Retriever) -> Any:

@@ -15,7 +15,7 @@ from toolkit.errors import UsageError, unknown_name
 if TYPE_CHECKING:
     from toolkit.ir import OpGraph
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 Dtype = Annotated[str, typer.Option(help="Weights and activations: float32, bfloat16, float16.")]
 _DTYPES = ("float32", "bfloat16", "float16")

@@ -16,6 +16,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -66,6 +67,13 @@ def _cell(cell: Any) -> RenderableType:
     return Text(str(cell))
 
 
+class _Count(MofNCompleteColumn):
+    """Done of total; nothing where the total is not known."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.total is not None else Text()
+
+
 @contextlib.contextmanager
 def progress(*, quiet: bool = False) -> Iterator[Progress]:
     """Yield a progress bar on stderr that says what is being done; silent with `quiet`."""
@@ -73,7 +81,7 @@ def progress(*, quiet: bool = False) -> Iterator[Progress]:
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        _Count(),
         TimeElapsedColumn(),
         console=err,
         disable=quiet,
