@@ -111,28 +111,6 @@ def test_a_missing_encoder_is_said(garden: Path, tiny_dir: Path, tmp_path: Path)
     assert "no such file or folder" in str(_fails("search", path, "x"))
 
 
-def test_a_reader_that_stops_aborts_the_engine() -> None:
-    class Llm:
-        heard = 0
-
-        def chat(self, messages: object, params: object, *, on_text: object) -> None:
-            for _ in range(1000):
-                on_text(0, "word ")  # type: ignore[operator]
-                self.heard += 1
-
-    class Broken:
-        def chat(self, *args: object, **how: object) -> None:
-            raise UsageError("too long")
-
-    llm = Llm()
-    stream = cli._InProcess(llm).stream([])  # type: ignore[arg-type]
-    assert next(stream) == "word "
-    stream.close()  # type: ignore[attr-defined]
-    assert "".join(cli._InProcess(Llm()).stream([])) == "word " * 1000  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="too long"):
-        list(cli._InProcess(Broken()).stream([]))  # type: ignore[arg-type]
-
-
 def test_help_imports_neither_torch_nor_faiss() -> None:
     code = (
         "import sys; from toolkit.cli.main import load; load('rag');"
