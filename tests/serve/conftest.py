@@ -15,6 +15,7 @@ from toolkit.serve.assemble import EngineSettings, build
 from toolkit.serve.engine import Engine
 from toolkit.serve.model import weights
 from toolkit.serve.model.decoder import Decoder
+from toolkit.serve.model.loaded import LoadedModel
 from toolkit.serve.model.tokenizer import Tokenizer
 
 MakeEngine = Callable[..., Engine]
@@ -44,14 +45,14 @@ def tokenizer(smollm2_gguf: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def smollm2(smollm2_gguf: Path) -> tuple[weights.LoadedModel, Decoder]:
+def smollm2(smollm2_gguf: Path) -> tuple[LoadedModel, Decoder]:
     model = weights.load(smollm2_gguf)
     return model, Decoder(model.config, model.weights)
 
 
 @pytest.fixture
 def make_engine(
-    smollm2: tuple[weights.LoadedModel, Decoder], monkeypatch: pytest.MonkeyPatch
+    smollm2: tuple[LoadedModel, Decoder], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[MakeEngine]:
     """Build engines over SmolLM2's weights, loaded once: `make_engine(step_tokens=17)`."""
     model, decoder = smollm2

@@ -106,7 +106,7 @@ def test_settings_that_cannot_be_had(
 ) -> None:
     # Shape only: reading the weights again would add nothing.
     from toolkit.serve import assemble
-    from toolkit.serve.model.weights import LoadedModel
+    from toolkit.serve.model.loaded import LoadedModel
 
     config = llm.engine.executor.decoder.config  # type: ignore[attr-defined]
     with pytest.raises(error, match=message):

@@ -22,8 +22,8 @@ from toolkit.serve.assemble import EngineSettings, build
 from toolkit.serve.batch import Batch, StepResult
 from toolkit.serve.executor.cpu import CpuExecutor
 from toolkit.serve.model.config import DecoderConfig
+from toolkit.serve.model.loaded import LoadedModel, expected
 from toolkit.serve.model.tokenizer import Tokenizer
-from toolkit.serve.model.weights import LoadedModel, expected
 from toolkit.serve.server.run import Server, bind
 from toolkit.serve.server.service import Service
 from toolkit.timeline import files

@@ -19,6 +19,7 @@ from toolkit.serve.executor.cpu import CpuExecutor, available_memory_bytes
 from toolkit.serve.kv.blocks import BlockPool
 from toolkit.serve.model import weights
 from toolkit.serve.model.decoder import Decoder
+from toolkit.serve.model.loaded import LoadedModel
 from toolkit.serve.model.tokenizer import Tokenizer
 from toolkit.serve.scheduler import Scheduler, SchedulerConfig
 from toolkit.units import format_bytes
@@ -91,7 +92,7 @@ def _threads(settings: EngineSettings) -> int:
     return settings.threads or min(usable_cores(), int(told) if told.isdigit() else usable_cores())
 
 
-def build(model: weights.LoadedModel, settings: EngineSettings) -> tuple[Engine, CpuExecutor]:
+def build(model: LoadedModel, settings: EngineSettings) -> tuple[Engine, CpuExecutor]:
     """Return an engine and its executor for a loaded model, whose `weights` are emptied.
 
     Raises InfeasibleError when not even one block fits, UsageError for contradictory settings.

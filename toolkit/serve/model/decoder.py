@@ -63,7 +63,7 @@ class Decoder:
     """Weights and the forward pass. Stateless: the KV cache is passed in."""
 
     def __init__(self, config: DecoderConfig, weights: MutableMapping[str, torch.Tensor]) -> None:
-        """Empty `weights` (float32, `weights.expected`'s names) into layers.
+        """Empty `weights` (float32, `loaded.expected`'s names) into layers.
 
         Emptied as it goes, so that joining matrices never holds the model twice.
         """

@@ -10,7 +10,7 @@ import torch
 
 from toolkit.errors import FormatError, UsageError, require, unknown_name
 from toolkit.serve.model.config import DecoderConfig
-from toolkit.serve.model.weights import LoadedModel, check
+from toolkit.serve.model.loaded import LoadedModel, check
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _LAYER_NAMES = {
