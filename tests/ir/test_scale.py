@@ -67,6 +67,24 @@ def test_what_cannot_vary_says_why():
         one.at(batch=8)
 
 
+def test_an_input_may_have_a_size_in_several_dims():
+    class Model(nn.Module):
+        def forward(self, pairs):
+            return pairs.sum(1)
+
+    pairs = torch.zeros(2, 6, 6)
+    graph = ir.trace(
+        Model(), (pairs,), name="pairs", axes={"batch": {"pairs": 0}, "tokens": {"pairs": (1, 2)}}
+    )
+    scaled = graph.at(batch=3, tokens=9)
+    assert [scaled.tensors[name].shape for name in ("pairs", *scaled.outputs)] == [
+        (3, 9, 9),
+        (3, 9),
+    ]
+    with pytest.raises(UsageError, match="disagree about tokens"):
+        ir.trace(Model(), (pairs,), name="pairs", axes={"tokens": {"pairs": (0, 1)}})
+
+
 def test_unknown_and_impossible_sizes_are_errors(subject):
     graph = subject("zoo:gpt-tiny").graph
     with pytest.raises(UsageError, match="did you mean 'batch'"):

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from toolkit import ir
+from toolkit.cost.work import Work
 from toolkit.errors import FormatError, ToolkitError, UsageError
-from toolkit.ir import dims, formulas, interpret
+from toolkit.ir import backward, dims, formulas, interpret, saved
 
 
 def _first(output):
@@ -104,6 +105,47 @@ def test_every_formula_is_reachable_and_no_unknown_operator_is_free(subject):
     with pytest.raises(ToolkitError, match="nobody_knows"):
         formulas.work(stranger, graph)
     assert not dims.annotation(stranger, graph).known
+
+
+def test_an_operator_of_ones_own_needs_its_rules_and_no_more():
+    @torch.library.custom_op("toolkit_test::fused_mlp", mutates_args=())
+    def fused_mlp(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x @ up) @ down
+
+    @fused_mlp.register_fake
+    def _(x, up, down):
+        return x.new_empty(*x.shape[:-1], down.shape[1])
+
+    fused_mlp.register_autograd(
+        lambda ctx, grad: (grad @ ctx.saved_tensors[0], None, None),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
+    )
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.zeros(4, 8)), nn.Parameter(torch.zeros(8, 4))
+
+        def forward(self, x):
+            return fused_mlp(x * 2, self.up, self.down)
+
+    kind = "toolkit_test.fused_mlp"
+    with pytest.raises(ToolkitError, match=f"operator {kind}.default"):
+        ir.trace(Model(), (torch.zeros(3, 4),), name="model")
+
+    @formulas.formula(kind)
+    def work(op, graph):
+        x, up, down = graph.input_tensors(op)
+        moved = x.num_bytes + up.num_bytes + down.num_bytes
+        flops = 2.0 * x.numel * up.shape[1] + 2.0 * 3 * down.numel
+        return Work("matmul", flops, moved, graph.tensors[op.outputs[0]].num_bytes, x.dtype)
+
+    saved.rule(kind)(saved.from_text("x"))
+    graph = ir.trace(Model(), (torch.zeros(3, 4),), name="model")
+    assert formulas.work(graph.ops[-1], graph).flops == 2 * 3 * 4 * 8 * 2
+    assert [kept.name for kept in saved.saved(graph)] == [":mul"]
+    assert len(backward.work(graph.ops[-1], graph)) == 1
+    assert not dims.annotation(graph.ops[-1], graph).known
 
 
 def test_data_dependent_shapes_are_refused():

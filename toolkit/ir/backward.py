@@ -17,7 +17,7 @@ from toolkit.ir.formulas import FORMULAS, read_bytes, tensor_of
 from toolkit.ir.graph import Op, OpGraph, Tensor, refs
 from toolkit.ir.saved import Kernels, Saved, kept, saved
 
-__all__ = ["Kernels", "Saved", "gradients", "kept", "saved", "work"]
+__all__ = ["Kernels", "Saved", "gradients", "kept", "rule", "saved", "work"]
 
 _Rule = Callable[[Op, OpGraph, Kernels], Iterator[Work]]
 _RULES: dict[str, _Rule] = {}
@@ -28,8 +28,8 @@ def work(op: Op, graph: OpGraph, *, kernels: Kernels = "cuda") -> tuple[Work, ..
     if op.name not in graph.differentiated:
         return ()
     kind = op.kind if op.kind in FORMULAS or not formulas.is_inplace(op) else op.kind[:-1]
-    rule = _RULES.get(kind, _mirrored)
-    return (*rule(op, graph, kernels), *_accumulation(op, graph))
+    found = _RULES.get(kind, _mirrored)
+    return (*found(op, graph, kernels), *_accumulation(op, graph))
 
 
 def gradients(op: Op, graph: OpGraph) -> tuple[Tensor, ...]:
@@ -38,7 +38,9 @@ def gradients(op: Op, graph: OpGraph) -> tuple[Tensor, ...]:
     return tuple(graph.tensors[name] for name in names if graph.tensors[name].requires_grad)
 
 
-def _rule(*kinds: str) -> Callable[[_Rule], _Rule]:
+def rule(*kinds: str) -> Callable[[_Rule], _Rule]:
+    """Register the decorated function for operators such as "aten.linear"; others are mirrored."""
+
     def register(function: _Rule) -> _Rule:
         for kind in kinds:
             _RULES[kind] = function
@@ -125,27 +127,27 @@ def _bias(op: Op, graph: OpGraph, argument: str) -> Iterator[Work]:
         )
 
 
-@_rule("aten.linear")
+@rule("aten.linear")
 def _linear(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[Work]:
     operands = [tensor_of(op, graph, "input"), tensor_of(op, graph, "weight")]
     yield from _products(op, graph, formulas.work(op, graph).flops, operands, "matmul")
     yield from _bias(op, graph, "bias")
 
 
-@_rule("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
+@rule("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
 def _conv(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[Work]:
     operands = [tensor_of(op, graph, "input"), tensor_of(op, graph, "weight")]
     yield from _products(op, graph, formulas.work(op, graph).flops, operands, "conv")
     yield from _bias(op, graph, "bias")
 
 
-@_rule("aten.mm", "aten.bmm", "aten.matmul", "aten.mv", "aten.dot")
+@rule("aten.mm", "aten.bmm", "aten.matmul", "aten.mv", "aten.dot")
 def _matmul(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[Work]:
     operands = graph.input_tensors(op)
     yield from _products(op, graph, formulas.work(op, graph).flops, operands, "matmul")
 
 
-@_rule("aten.addmm", "aten.baddbmm")
+@rule("aten.addmm", "aten.baddbmm")
 def _addmm(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[Work]:
     names = ("mat1", "mat2") if op.kind == "aten.addmm" else ("batch1", "batch2")
     operands = [tensor_of(op, graph, name) for name in names]
@@ -153,7 +155,7 @@ def _addmm(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[Work]:
     yield from _bias(op, graph, "self")
 
 
-@_rule("aten.einsum")
+@rule("aten.einsum")
 def _einsum(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[Work]:
     operands = [graph.tensors[name] for name in refs(op.arguments["tensors"])]
     if len(operands) == 1:
@@ -162,13 +164,13 @@ def _einsum(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[Work]:
     yield from _products(op, graph, formulas.work(op, graph).flops, operands, "matmul")
 
 
-@_rule("transformers.grouped_mm_fallback", "aten._grouped_mm")
+@rule("transformers.grouped_mm_fallback", "aten._grouped_mm")
 def _grouped_mm(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[Work]:
     operands = graph.input_tensors(op)[:2]
     yield from _products(op, graph, formulas.work(op, graph).flops, operands, "matmul")
 
 
-@_rule("aten.scaled_dot_product_attention")
+@rule("aten.scaled_dot_product_attention")
 def _attention(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[Work]:
     """Gradients of query and key each take a product over the score's pairs, value's too.
 
@@ -189,7 +191,7 @@ def _attention(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[Work]:
     yield Work("attention", products, float(read), float(written), query.dtype)
 
 
-@_rule("aten.embedding")
+@rule("aten.embedding")
 def _embedding(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[Work]:
     """A dense gradient of the whole table: zeros, then the rows that were read."""
     table = tensor_of(op, graph, "weight")

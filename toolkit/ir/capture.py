@@ -20,8 +20,8 @@ from toolkit.errors import ToolkitError, UsageError, unknown_name
 
 _log = log.get_logger(__name__)
 
-# size -> input (dotted path for a nested one) -> the dim of that input which has this size
-Axes = Mapping[str, Mapping[str, int]]
+# size -> input (dotted path for a nested one) -> the dim, or dims, of it that have this size
+Axes = Mapping[str, Mapping[str, int | tuple[int, ...]]]
 Example = Callable[..., tuple[Sequence[Any], Mapping[str, Any]]]
 
 
@@ -67,7 +67,7 @@ def guess_axes(leaves: Mapping[str, torch.Tensor]) -> Axes:
     >>> guess_axes({"input_ids": torch.zeros(2, 8, dtype=torch.long)})
     {'batch': {'input_ids': 0}, 'tokens': {'input_ids': 1}}
     """
-    found: dict[str, dict[str, int]] = {}
+    found: dict[str, dict[str, int | tuple[int, ...]]] = {}
     tensors = {name: leaf for name, leaf in leaves.items() if leaf.dim() > 0}
     if tensors and len({leaf.shape[0] for leaf in tensors.values()}) == 1:
         found["batch"] = dict.fromkeys(tensors, 0)
@@ -83,7 +83,7 @@ def example_axes(module: torch.nn.Module, example: Example, sizes: Mapping[str, 
     A dim belongs to the one size that changes it, and must change to exactly that size.
     """
     base = _leaves(module, *example(**sizes))
-    found: dict[str, dict[str, int]] = {}
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
     for size, value in sizes.items():
         # Some sizes go in steps (an image of whole patches) or are at their largest already.
         for other in (value + 1, value - 1, 2 * value, value // 2):
@@ -94,15 +94,29 @@ def example_axes(module: torch.nn.Module, example: Example, sizes: Mapping[str, 
             except ToolkitError as error:
                 _log.info("%s does not become %d: %s", size, other, error)
                 continue
-            found[size] = {
-                name: dim
-                for name, leaf in base.items()
-                if name in changed and changed[name].dim() == leaf.dim()
-                for dim, shapes in enumerate(zip(leaf.shape, changed[name].shape, strict=True))
-                if shapes == (value, other)
-            }
+            dims = _changed(base, changed, value, other)
+            if dims:
+                found[size] = dims
             break
-    return {size: dims for size, dims in found.items() if dims}
+    return found
+
+
+def _changed(
+    base: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], was: int, now: int
+) -> dict[str, tuple[int, ...]]:
+    """The dims that became `now` from `was`; none at all when any changed in another way."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, leaf in base.items():
+        if name not in other or other[name].dim() != leaf.dim():
+            return {}
+        pairs = list(zip(leaf.shape, other[name].shape, strict=True))
+        dims = tuple(dim for dim, (a, b) in enumerate(pairs) if a != b)
+        if any(pairs[dim] != (was, now) for dim in dims):
+            _log.info("%s does not follow one size: %s becomes %s", name, leaf.shape, pairs)
+            return {}
+        if dims:
+            found[name] = dims
+    return found
 
 
 def leaf_names(
@@ -139,13 +153,20 @@ def _leaves(
     return {name: leaf for name, leaf in named if isinstance(leaf, torch.Tensor)}
 
 
+def places(dims: Mapping[str, int | tuple[int, ...]]) -> Iterator[tuple[str, int]]:
+    """Yield every (input, dim) of one size of `Axes`."""
+    for name, given in dims.items():
+        for dim in (given,) if isinstance(given, int) else given:
+            yield name, dim
+
+
 def _sizes(leaves: Mapping[str, torch.Tensor], axes: Axes) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for size, dims in axes.items():
         if not size.isidentifier():
             raise UsageError(f"{size!r} is not a name a size can have")
         seen = set()
-        for name, dim in dims.items():
+        for name, dim in places(dims):
             if name not in leaves:
                 raise unknown_name("model input", name, leaves)
             if dim >= leaves[name].dim():
@@ -237,7 +258,7 @@ def _dynamic_shapes(
 ) -> Any:
     free: dict[str, dict[int, Any]] = {}
     for dims in axes.values():
-        for name, dim in dims.items():
+        for name, dim in places(dims):
             free.setdefault(name, {})[dim] = torch.export.Dim.AUTO
 
     named = leaf_names(module, args, kwargs)

@@ -35,14 +35,14 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class _Inner:
+class Inner:
     """A tensor that exists only inside an operator."""
 
     what: str
     num_bytes: int
 
 
-_Rule = Callable[[Op, OpGraph, Kernels], Iterator[str | _Inner]]
+_Rule = Callable[[Op, OpGraph, Kernels], Iterator[str | Inner]]
 _RULES: dict[str, _Rule] = {}
 
 # What is saved -> the operators that save it. An empty key: nothing.
@@ -104,7 +104,7 @@ def kept(op: Op, graph: OpGraph, *, kernels: Kernels = "cuda") -> Iterator[tuple
     if formulas.moves_nothing(op, graph):
         return
     for found in _RULES[kind](op, graph, kernels):
-        if isinstance(found, _Inner):
+        if isinstance(found, Inner):
             yield f"{op.name}!{found.what}", found.num_bytes
             continue
         tensor = graph.tensors[found]
@@ -121,7 +121,12 @@ def kept(op: Op, graph: OpGraph, *, kernels: Kernels = "cuda") -> Iterator[tuple
             yield owner.name, owner.num_bytes
 
 
-def _rule(*names: str) -> Callable[[_Rule], _Rule]:
+def rule(*names: str) -> Callable[[_Rule], _Rule]:
+    """Register the decorated function for operators such as "dropout" (of aten) or "lib.op".
+
+    It yields the names of tensors, or Inner ones, that the operator saves.
+    """
+
     def register(function: _Rule) -> _Rule:
         for name in names:
             _RULES[name if "." in name else f"aten.{name}"] = function
@@ -130,10 +135,11 @@ def _rule(*names: str) -> Callable[[_Rule], _Rule]:
     return register
 
 
-def _from_text(text: str) -> _Rule:
+def from_text(text: str) -> _Rule:
+    """Return the rule that `text` says, in the words of the head of this file."""
     parts = [part.strip().split(" if ") for part in text.split(",") if part.strip()]
 
-    def rule(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[str]:
+    def listed(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[str]:
         for what, *condition in parts:
             if condition and not _needs_grad(op, graph, condition[0]):
                 continue
@@ -142,7 +148,7 @@ def _from_text(text: str) -> _Rule:
             else:
                 yield from refs(op.arguments.get(what))
 
-    return rule
+    return listed
 
 
 def _needs_grad(op: Op, graph: OpGraph, argument: str) -> bool:
@@ -153,44 +159,44 @@ def _bytes(numel: int, dtype: str) -> int:
     return numel * item_bytes(dtype)
 
 
-@_rule("layer_norm", "native_layer_norm")
-def _layer_norm(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[str | _Inner]:
+@rule("layer_norm", "native_layer_norm")
+def _layer_norm(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[str | Inner]:
     x = formulas.tensor_of(op, graph, "input")
     yield x.name
     normalised = math.prod(op.arguments["normalized_shape"])
     dtype = "float32" if kernels == "cuda" else x.dtype
-    yield _Inner("mean", _bytes(x.numel // normalised, dtype))
-    yield _Inner("rstd", _bytes(x.numel // normalised, dtype))
+    yield Inner("mean", _bytes(x.numel // normalised, dtype))
+    yield Inner("rstd", _bytes(x.numel // normalised, dtype))
 
 
-@_rule("rms_norm")
-def _rms_norm(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[str | _Inner]:
+@rule("rms_norm")
+def _rms_norm(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[str | Inner]:
     x = formulas.tensor_of(op, graph, "input")
     yield x.name
     rows = x.numel // math.prod(op.arguments["normalized_shape"])
-    yield _Inner("rstd", _bytes(rows, "float32"))
+    yield Inner("rstd", _bytes(rows, "float32"))
     weight = formulas.optional_tensor(op, graph, "weight")
     if kernels == "cpu" and weight is not None and weight.requires_grad:
-        yield _Inner("normalised", x.num_bytes)
+        yield Inner("normalised", x.num_bytes)
 
 
-@_rule("group_norm", "native_group_norm")
-def _group_norm(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[str | _Inner]:
+@rule("group_norm", "native_group_norm")
+def _group_norm(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[str | Inner]:
     x = formulas.tensor_of(op, graph, "input")
     yield x.name
     groups = op.arguments.get("num_groups", op.arguments.get("group"))
-    yield _Inner("mean", _bytes(x.shape[0] * groups, x.dtype))
-    yield _Inner("rstd", _bytes(x.shape[0] * groups, x.dtype))
+    yield Inner("mean", _bytes(x.shape[0] * groups, x.dtype))
+    yield Inner("rstd", _bytes(x.shape[0] * groups, x.dtype))
 
 
-@_rule("dropout")
-def _dropout(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[_Inner]:
+@rule("dropout")
+def _dropout(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[Inner]:
     x = formulas.tensor_of(op, graph, "input")
     # CUDA has a fused kernel with a mask of one byte; elsewhere the noise itself is multiplied by.
-    yield _Inner("mask", _bytes(x.numel, "bool" if kernels == "cuda" else x.dtype))
+    yield Inner("mask", _bytes(x.numel, "bool" if kernels == "cuda" else x.dtype))
 
 
-@_rule("einsum")
+@rule("einsum")
 def _einsum(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[str]:
     names = list(refs(op.arguments["tensors"]))
     for index, name in enumerate(names):
@@ -199,26 +205,26 @@ def _einsum(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[str]:
             yield name
 
 
-@_rule("transformers.grouped_mm_fallback", "aten._grouped_mm")
+@rule("transformers.grouped_mm_fallback", "aten._grouped_mm")
 def _grouped_mm(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[str]:
     yield from op.inputs
 
 
-@_rule("index_put", "masked_scatter", "index_copy")
+@rule("index_put", "masked_scatter", "index_copy")
 def _index_put(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[str]:
     yield from refs(op.arguments.get("indices") or op.arguments.get("index"))
 
 
-@_rule("cross_entropy_loss")
-def _cross_entropy(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[_Inner | str]:
+@rule("cross_entropy_loss")
+def _cross_entropy(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[Inner | str]:
     logits = formulas.tensor_of(op, graph, "self")
-    yield _Inner("log_softmax", logits.num_bytes)
+    yield Inner("log_softmax", logits.num_bytes)
     yield from refs(op.arguments["target"])
-    yield _Inner("total_weight", item_bytes(logits.dtype))
+    yield Inner("total_weight", item_bytes(logits.dtype))
 
 
-@_rule("scaled_dot_product_attention")
-def _attention(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[_Inner | str]:
+@rule("scaled_dot_product_attention")
+def _attention(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[Inner | str]:
     query, key, value = (formulas.tensor_of(op, graph, n) for n in ("query", "key", "value"))
     mask = formulas.optional_tensor(op, graph, "attn_mask")
     rows = math.prod(query.shape[:-1])
@@ -226,28 +232,28 @@ def _attention(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[_Inner | st
     dropout = op.arguments["dropout_p"] > 0
     if formulas.is_fused(op, graph, kernels):
         yield from (query.name, key.name, value.name, op.outputs[0])
-        yield _Inner("logsumexp", _bytes(rows, "float32"))
+        yield Inner("logsumexp", _bytes(rows, "float32"))
         if mask is not None and mask.dtype == "bool":
             # A mask of yes and no becomes one of 0 and -inf, made anew for each call.
-            yield _Inner("mask", _bytes(mask.numel, query.dtype))
+            yield Inner("mask", _bytes(mask.numel, query.dtype))
         elif mask is not None:
             yield mask.name
         return
     # Unfused: both factors scaled, the softmax of the scores, and what dropout leaves of it.
-    yield _Inner("scaled_query", query.num_bytes)
-    yield _Inner("scaled_key", key.num_bytes)
-    yield _Inner("weights", _bytes(scores, query.dtype))
+    yield Inner("scaled_query", query.num_bytes)
+    yield Inner("scaled_key", key.num_bytes)
+    yield Inner("weights", _bytes(scores, query.dtype))
     # The product wants batch and heads as one dim: a transposed view is copied for it.
-    yield _Inner("value", value.num_bytes) if value.is_view else value.name
+    yield Inner("value", value.num_bytes) if value.is_view else value.name
     if dropout:
-        yield _Inner("dropout_mask", _bytes(scores, query.dtype))
-        yield _Inner("dropped", _bytes(scores, query.dtype))
+        yield Inner("dropout_mask", _bytes(scores, query.dtype))
+        yield Inner("dropped", _bytes(scores, query.dtype))
 
 
-@_rule("toolkit.extend")
+@rule("toolkit.extend")
 def _extend(op: Op, graph: OpGraph, kernels: Kernels) -> Iterator[str]:
     return iter(())
 
 
 for _text, _names in _TABLE.items():
-    _rule(*_names.split())(_from_text(_text))
+    rule(*_names.split())(from_text(_text))

@@ -25,11 +25,11 @@ SHAPE_ARGUMENTS = {
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register the decorated function for operators such as "linear" (of aten)."""
+    """Register the decorated function for operators such as "linear" (of aten) or "lib.op"."""
 
     def register(function: Rule) -> Rule:
         for name in names:
-            RULES[f"aten.{name}"] = function
+            RULES[name if "." in name else f"aten.{name}"] = function
         return function
 
     return register
@@ -213,11 +213,9 @@ def _slice(b: Builder) -> None:
             b.fixed(b.inputs[0][dim])
 
 
+@rule("toolkit.extend")
 def _extend(b: Builder) -> None:
     _same_but(b, b.op.arguments["dim"])
-
-
-RULES["toolkit.extend"] = _extend
 
 
 @rule("roll")

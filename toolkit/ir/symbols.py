@@ -9,7 +9,7 @@ import sympy  # type: ignore[import-untyped]
 import torch
 
 from toolkit.errors import UsageError
-from toolkit.ir.capture import Captured
+from toolkit.ir.capture import Captured, places
 from toolkit.ir.scale import Size
 
 # sympy function (torch has its own for integer arithmetic) -> how it is written
@@ -102,7 +102,7 @@ def named(
     for size, dims in captured.axes.items():
         if size in fixed:
             continue
-        found = [shapes[name][dim] for name, dim in dims.items()]
+        found = [shapes[name][dim] for name, dim in places(dims)]
         symbols = [value.node.expr for value in found if isinstance(value, torch.SymInt)]
         if len(symbols) < len(found) or not all(symbol.is_Symbol for symbol in symbols):
             fixed[size] = "the model's code depends on its value, so torch.export fixed it"

@@ -54,10 +54,11 @@ def trace(
     """Trace `module(*args, **kwargs)` into an OpGraph; nothing is computed.
 
     Weights may be on "meta", so a model of any size traces on any machine. `axes` says which input
-    dims are sizes the graph can later be evaluated at: `{"batch": {"input_ids": 0}, ...}`; None
-    guesses (see capture.guess_axes), `{}` fixes everything. The module is traced as it is:
-    `module.train()` keeps dropout, `module.eval()` does not. Raises ToolkitError when torch.export
-    cannot trace the model, and when an operator has no formula (none is ever taken as free).
+    dims are sizes the graph can later be evaluated at: `{"batch": {"input_ids": 0}, ...}`, a tuple
+    where an input has the size in several dims; None guesses (see capture.guess_axes), `{}` fixes
+    everything. The module is traced as it is: `module.train()` keeps dropout, `module.eval()` does
+    not. Raises ToolkitError when torch.export cannot trace the model, and when an operator has no
+    formula (none is ever taken as free).
     """
     captured = capture.capture(module, args, kwargs or {}, axes)
     graph = attention.as_eager(_Builder(module, captured, name).graph())
