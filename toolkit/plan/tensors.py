@@ -359,7 +359,7 @@ def check_tiling(tensor: PTensor, producers: Sequence[VTensor]) -> None:
             raise UsageError(f"{view} is no part of {tensor.name} {tensor.shape}")
     gaps = missing(tensor, [view.mask for view in producers])
     if gaps:
-        near = [str(view) for view in producers if overlap(view.mask.box, gaps[0])]
+        near = [str(view) for view in producers if overlap(view.mask.box, gaps[0]) is not None]
         known = f"there are only {', '.join(near[:4])}" if near else "nothing produces it"
         raise UsageError(
             f"{tensor.name}{Mask(gaps[0])} is not whole: {known}",

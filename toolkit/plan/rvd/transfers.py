@@ -88,7 +88,7 @@ class Market:
         rest = self._take(self._local.get(to, ()), wanted, to, [wanted], found)
         if rest:
             others = [held for held in self._near(wanted) if held.rank != to]
-            others = [held for held in others if overlap(held.mask.box, wanted.box)]
+            others = [held for held in others if overlap(held.mask.box, wanted.box) is not None]
             others.sort(key=lambda held: self._order(held, wanted, to))
             rest = self._take(others, wanted, to, rest, found)
         return found, rest
