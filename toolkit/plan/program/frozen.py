@@ -1,0 +1,102 @@
+"""A program as data: sub-operators with their views and devices, order, and what follows from them.
+
+Dependencies, exchanges of data and their adapters are derived, never written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+
+from toolkit.hardware.cluster import Cluster
+from toolkit.plan.materialize import Adapter
+from toolkit.plan.program import depend
+from toolkit.plan.program.depend import Exchange
+from toolkit.plan.tensors import Interval, VTensor
+
+
+@dataclass(frozen=True)
+class SubOp:
+    """A part of operator `op`, and what it sees of each input and makes of each output.
+
+    `region` is the interval of each dim identifier that was split. Backward runs on the same
+    device. Parts with the same `recompute` are run again, together, before their backward.
+    """
+
+    name: str
+    op: str
+    device: int
+    inputs: tuple[VTensor, ...]
+    outputs: tuple[VTensor, ...]
+    region: Mapping[str, Interval]
+    recompute: str = ""
+
+    @property
+    def work(self) -> str:
+        """The name that replicas share."""
+        return self.name.partition("#")[0]
+
+
+@dataclass(frozen=True)
+class FrozenProgram:
+    """A program that can run: every operator placed, every view made by someone, no cycle.
+
+    `sub_ops` are in an order in which they can run. `sources` are the tensors that every device
+    has its parts of (parameters, inputs); `digest` is that of the graph.
+    """
+
+    name: str
+    digest: str
+    sub_ops: tuple[SubOp, ...]
+    order: tuple[tuple[str, str], ...]
+    sources: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @cached_property
+    def sub_op(self) -> Mapping[str, SubOp]:
+        """Sub-operators by name."""
+        return {sub_op.name: sub_op for sub_op in self.sub_ops}
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        return tuple(sorted({sub_op.device for sub_op in self.sub_ops}))
+
+    @cached_property
+    def dependencies(self) -> nx.DiGraph:
+        """Sub-operators (names); an edge's `why` is the tensors that flow, or "order"."""
+        return depend.dependencies(self.sub_ops, self.order)
+
+    @cached_property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """What moves between sub-operators, in an order in which it can."""
+        return depend.exchanges(self.sub_ops, self.dependencies)
+
+    def adapters(self, cluster: Cluster) -> tuple[Adapter, ...]:
+        """Return the adapters that communicate on `cluster`; times are predicted."""
+        found = (exchange.adapter(cluster) for exchange in self.exchanges if exchange.crosses)
+        return tuple(adapter for adapter in found if adapter.communication)
+
+    def communication(self, cluster: Cluster) -> str:
+        """Return what is communicated forward, in words: one line an exchange and kind."""
+        found = self.adapters(cluster)
+        return "\n".join(map(str, found)) if found else "nothing is communicated"
+
+    def to_body(self) -> dict[str, Any]:
+        """Return the program as a JSON value."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_body(body: Any) -> FrozenProgram:
+        """Build a program from the JSON value of `to_body`; raises UsageError unless it can run."""
+        from pydantic import TypeAdapter
+
+        from toolkit.plan.program import check
+
+        made = TypeAdapter(FrozenProgram).validate_python(body)
+        check.check(made)
+        return made
