@@ -1,0 +1,38 @@
+"""The how-to on writing plans runs as it stands, and does what it says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from toolkit.errors import UsageError
+
+PAGE = Path(__file__).parents[2] / "docs" / "howto" / "write-a-plan.md"
+
+
+def test_the_how_to_runs_as_it_stands(capsys):
+    text = PAGE.read_text()
+    scope: dict[str, object] = {}
+    shown = []
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, str(PAGE), "exec"), scope)
+        shown.append(capsys.readouterr().out)
+    chosen, data, megatron, co_shard, own = shown[0], *shown[2:]
+    assert "a b k+, n k+, ~n -> a b n" in chosen
+    assert data.endswith("nothing is communicated\n")
+    assert megatron.count("-all_reduce->") == 2 * 4
+    said = re.search(r"```\n(blocks\.0\.ffn\.down.*?)\n```", text, re.DOTALL)
+    assert said
+    assert said[1].removesuffix("...") in megatron
+    assert own.count("-all_gather->") == own.count("-reduce_scatter->") == 4
+    for out in (data, megatron, co_shard, own):
+        assert float(out.splitlines()[0]) < 1e-5
+
+    fault = re.search(r">>> (.*)\nUsageError: (.*)", text)
+    assert fault
+    fresh = scope["Program"](scope["graph"])  # type: ignore[operator]
+    with pytest.raises(UsageError) as caught:
+        exec(fault[1], scope, {"program": fresh})
+    assert str(caught.value) == fault[2]
