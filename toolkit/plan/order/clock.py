@@ -31,39 +31,40 @@ class Clock:
         if faults:
             raise FormatError("the table cannot be run: " + "; ".join(map(str, faults[:3])))
         self.problem = problem
-        before: list[list[tuple[int, float]]] = [list(sources) for sources in problem.sources]
+        # Per block (who it comes after, delay, boundary between stages or -1).
+        before: list[list[tuple[int, float, int]]] = [
+            [(source, delay, self._boundary(source, i)) for source, delay in sources]
+            for i, sources in enumerate(problem.sources)
+        ]
         after: list[list[int]] = [[user for user, _ in users] for users in problem.users]
         for row in rows:
             places = [problem.index[action] for action in row]
             for first, second in pairwise(places):
-                before[second].append((first, 0.0))
+                before[second].append((first, 0.0, -1))
                 after[first].append(second)
-        self._levels = _levels(before, after)
+        self._levels = _levels([len(sources) for sources in before], after)
         # A row of edges per level, padded with a place that always ends at 0 and has no delay.
-        nothing = len(problem.blocks)
-        self._sources, self._delays, self._boundaries = [], [], []
+        nothing = (len(problem.blocks), 0.0, -1)
+        self._sources: list[Any] = []
+        self._delays: list[Any] = []
+        self._boundaries: list[Any] = []
         for level in self._levels:
             width = max((len(before[i]) for i in level), default=0)
-            padded = [before[i] + [(nothing, 0.0)] * (width - len(before[i])) for i in level]
-            crossed = [
-                [self._boundary(source, i) for source, _ in row]
-                for i, row in zip(level, padded, strict=True)
-            ]
-            shape = (len(level), width)
-            self._sources.append(np.array([[s for s, _ in row] for row in padded]).reshape(shape))
-            self._delays.append(np.array([[d for _, d in row] for row in padded]).reshape(shape))
-            self._boundaries.append(np.array(crossed, dtype=int).reshape(shape))
-        self._spans: Any = np.array([block.span for block in problem.blocks])
+            padded = [before[i] + [nothing] * (width - len(before[i])) for i in level]
+            edges = np.array(padded, dtype=float).reshape(len(level), width, 3)
+            self._sources.append(edges[:, :, 0].astype(int))
+            self._delays.append(edges[:, :, 1])
+            self._boundaries.append(edges[:, :, 2].astype(int))
+        self._spans = np.array([block.span for block in problem.blocks])
         slots = [(block.action.stage, _KINDS[block.action.kind]) for block in problem.blocks]
         self._slots = np.array(slots).reshape(-1, 2)
 
     def _boundary(self, source: int, user: int) -> int:
         """The place in a list of delays between stages s and s + 1; -1 where nothing travels."""
-        if source == len(self.problem.blocks):
-            return -1
         here, there = self.problem.blocks[source], self.problem.blocks[user]
-        stages = here.action.stage, there.action.stage
-        return -1 if set(there.devices) <= set(here.devices) else min(stages)
+        if set(there.devices) <= set(here.devices):
+            return -1
+        return min(here.action.stage, there.action.stage)
 
     def ends(self, spans: Any = None, *, delays: Sequence[float] | None = None) -> Any:
         """Return when each block ends, for `spans` (num_blocks) or (num_blocks, num_trials).
@@ -101,8 +102,8 @@ class Clock:
         return Schedule(self.problem, tuple((self.ends() - self._spans).tolist()))
 
 
-def _levels(before: list[list[tuple[int, float]]], after: list[list[int]]) -> list[Any]:
-    missing = [len(sources) for sources in before]
+def _levels(missing: list[int], after: list[list[int]]) -> list[Any]:
+    """Blocks after nothing, then those after these alone, and so on; uses up `missing`."""
     level = [i for i, count in enumerate(missing) if count == 0]
     found = []
     while level:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -106,13 +107,17 @@ class Schedule:
         if len(self.starts) != len(blocks):
             yield f"{len(self.starts)} starts for {len(blocks)} blocks"
             return
+        for block, start in zip(blocks, self.starts, strict=True):
+            if not math.isfinite(start):
+                yield f"{block} starts at {start}"
+                return
         close = max(1.0, self.makespan) * _TOLERANCE
         for i, sources in enumerate(problem.sources):
-            if not self.starts[i] >= -close:  # NaN too
+            if self.starts[i] < -close:
                 yield f"{blocks[i]} starts at {self.starts[i]:g}, before time 0"
             for source, delay in sources:
                 ready = self.ends[source] + delay
-                if not self.starts[i] >= ready - close:
+                if self.starts[i] < ready - close:
                     yield (
                         f"{blocks[i]} starts at {self.starts[i]:g}; {blocks[source]}, which it "
                         f"needs, is there at {ready:g}"
