@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -420,3 +421,11 @@ def test_every_holder_gets_the_sum_over_all_that_share(rng, sharded):
     boxes = [(f.mask.box, r) for f in reducers(WEIGHT, used, CLUSTER) for r in f.ranks]
     for (one, rank), (two, other) in itertools.combinations(boxes, 2):
         assert rank != other or len(atoms([one, two])) == 2 or (Mask(one) & Mask(two)) is None
+
+
+def test_the_worked_example_of_the_docs_prints_what_it_says(capsys):
+    page = Path(__file__).parents[2] / "docs" / "concepts" / "data-dependencies.md"
+    text = page.read_text("utf-8")
+    code = text.split("```python\n")[1].split("```")[0]
+    exec(compile(code, str(page), "exec"), {})
+    assert capsys.readouterr().out == text.split("```text\n")[1].split("```")[0]

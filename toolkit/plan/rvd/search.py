@@ -32,7 +32,8 @@ from toolkit.plan.rvd.prices import Prices, Ranks
 MOST_AXES = 6
 # Of paths that differ only by rounding (in seconds, or elements), the one with fewer moves wins.
 _HOP = 1e-13
-# One move stays one unless several take this much less: a library may mix algorithms itself.
+# One all-reduce that does it all stays one, unless its parts one by one take this much less: how
+# to mix algorithms inside a collective is its library's business.
 _CLEARLY = 1.25
 
 
@@ -256,8 +257,9 @@ def _find(
             best, middle = total, state
     moves = joined((*ahead.trace(middle), *behind.trace(middle)))
     for step in space_.neighbours(source.slots):
-        if step.other == target.slots:
+        if step.other == target.slots and step.source == V and not target.slots[V]:
             move = space_.move(source.slots, step)
-            if price.of(move) <= _CLEARLY * sum(price.of(move) for move in moves):
+            total = sum(price.of(move) for move in moves)
+            if move.kind == "all_reduce" and price.of(move) <= _CLEARLY * total:
                 moves = (move,)
     return Path(ranks, source.axes, moves, tuple(price.of(move) for move in moves))
