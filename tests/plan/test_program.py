@@ -83,8 +83,9 @@ def test_algorithms_compose_on_the_parts(program):
     assert len(set(names)) == 12
     assert names[:3] == ["down:linear[a 0:2, k 0:4]#0", "down:linear[a 0:2, k 0:4]#1",
                          "down:linear[a 0:2, k 4:8]#0"]  # fmt: skip
-    # A sum split unevenly twice is still whole.
-    program.trans(names[-1], Split("k", 2))
+    # One half of a sum split further is still whole.
+    for name in names[-2:]:
+        program.trans(name, Split("k", 2))
     program.assign(program.ops("up", ":gelu"), 0)
     for device, part in enumerate(program.ops("down")):
         program.assign(part, device)
@@ -214,6 +215,14 @@ def test_replicas_on_one_device_are_refused(program):
     program.trans("up:linear", Replicate(2))
     program.assign(program.ops(), 0)
     with pytest.raises(UsageError, match="up:linear#0 and up:linear#1 do the same on device 0"):
+        program.freeze()
+
+
+def test_replicas_divided_differently_are_refused(program):
+    program.assign(program.ops(":gelu", "down"), 0)
+    for device, part in enumerate(program.trans("up:linear", Replicate(2))):
+        program.assign(program.trans(part, Split("n", device + 2)), device)
+    with pytest.raises(UsageError, match=r"replicas of up:linear are divided differently"):
         program.freeze()
 
 

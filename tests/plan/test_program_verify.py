@@ -1,10 +1,12 @@
-"""Programs compute what the model computes: run part by part on virtual devices, and compared."""
+"""Programs compute what the model computes, gradients too: run part by part, and compared."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -168,6 +170,26 @@ def test_a_bias_that_is_copied_and_not_shared_out_is_caught(mlp, monkeypatch):
     assert program.verify(tensors).max_error > 1e-3
 
 
+def test_gradients_of_different_parts_taken_for_one_are_caught(mlp, monkeypatch):
+    from toolkit.plan.program import gradient
+
+    graph, tensors = mlp
+    program = Program(graph)
+    spread(program, program.flow("down", dim=-1), 2)
+    found = program.verify(tensors)
+    assert set(found.gradients) == {"up.weight", "up.bias", "down.weight", "down.bias"}
+    assert found.max_error < EXACT
+    true = gradient.mirror
+
+    def all_alike(tensor, producers, consumers):
+        return true(tensor, producers, [dataclasses.replace(view, op="same") for view in consumers])
+
+    monkeypatch.setattr(gradient, "mirror", all_alike)
+    found = program.verify(tensors)
+    assert max(found.outputs.values()) < EXACT
+    assert found.max_error > 1e-3
+
+
 def test_co_shards_of_heads_and_hidden(gpt):
     graph, tensors = gpt
     program = Program(graph)
@@ -276,14 +298,18 @@ def small():
 def _algorithms(program, part):
     """Every algorithm that divides a part in two or three."""
     found = program.annotation(part.op)
-    for name in found.splittable:
+    # Replicas have to be divided alike; here they are not divided.
+    for name in () if part.replica else found.splittable:
         low, high = part.interval(name, found)
         yield from (Split(name, num) for num in (2, 3) if (high - low) % num == 0)
     yield Replicate(2)
 
 
 @settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None,
+    max_examples=25,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
 def test_random_programs_compute_what_the_model_does(small, data):

@@ -1,7 +1,8 @@
 """Run a frozen program with torch in one process, on virtual devices, and compare with the model.
 
 Each sub-operator is called with its slices alone, and data moves by the adapters that a cluster
-would use: what comes out right here was divided right and is communicated right.
+would use: what comes out right here was divided right and is communicated right. Recomputation, and
+the time that anything takes, play no part here.
 """
 
 from __future__ import annotations
@@ -17,60 +18,40 @@ from toolkit.hardware.cluster import Cluster
 from toolkit.ir import interpret
 from toolkit.ir.graph import OpGraph
 from toolkit.plan.materialize import interpret as movement
-from toolkit.plan.program import depend, rules
+from toolkit.plan.program import depend, gradient, rules
 from toolkit.plan.program.depend import Exchange, View
 from toolkit.plan.program.frozen import FrozenProgram, SubOp
+from toolkit.plan.program.gradient import Tensors
 from toolkit.plan.tensors import Mask, VTensor
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far each output is from the whole model's, relative to its largest element."""
+    """How far outputs and gradients are from the whole model's, each relative to its largest
+    element; gradients to at least a thousandth of the largest of all.
+    """
 
-    errors: Mapping[str, float]
+    outputs: Mapping[str, float]
+    gradients: Mapping[str, float]
 
     @property
     def max_error(self) -> float:
-        return max(self.errors.values(), default=0.0)
+        return max((*self.outputs.values(), *self.gradients.values()), default=0.0)
 
 
 def verify(
     graph: OpGraph,
     program: FrozenProgram,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Tensors,
     cluster: Cluster | None = None,
 ) -> Comparison:
-    """Run `program` and `graph` on the same tensors (by name) and compare every output.
+    """Run `program` and `graph` on the same tensors (by name); compare outputs and gradients.
 
     Raises UsageError when the program is not of this graph, a tensor is missing, the cluster has
     too few devices, or an operator draws random numbers.
     """
     if program.digest != graph.digest:
         raise UsageError(f"the program is of another graph than {graph.name}")
-    with torch.no_grad():
-        held = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        found = run(graph, program, tensors, cluster)
-        whole = dict(zip(graph.outputs, interpret.run(graph, held), strict=True))
-    return Comparison({name: _error(found[name], whole[name]) for name in graph.outputs})
-
-
-def _error(found: torch.Tensor, whole: torch.Tensor) -> float:
-    if found.shape != whole.shape:
-        raise ToolkitError(f"an output has shape {tuple(found.shape)}, not {tuple(whole.shape)}")
-    if not whole.numel():
-        return 0.0
-    one, other = found.to(torch.float64), whole.to(torch.float64)
-    scale = float(other.abs().max())
-    return float((one - other).abs().max()) / (scale or 1.0)
-
-
-def run(
-    graph: OpGraph,
-    program: FrozenProgram,
-    tensors: Mapping[str, torch.Tensor],
-    cluster: Cluster | None = None,
-) -> dict[str, torch.Tensor]:
-    """Return the outputs (by name) of `program`, run sub-operator by sub-operator."""
     num = max(program.devices, default=0) + 1
     cluster = cluster or find_cluster(f"cpux{num}")
     if num > cluster.num_devices:
@@ -80,7 +61,37 @@ def run(
     missing = [name for name in program.sources if name not in tensors and graph.consumers[name]]
     if missing:
         raise UsageError(f"{graph.name} needs the tensors {', '.join(missing)}")
-    return _Run(graph, program, tensors, cluster).outputs()
+    with torch.no_grad():
+        given = {name: tensor.detach() for name, tensor in tensors.items()}
+        running = _Run(graph, program, given, cluster)
+        found = running.outputs()
+        held = {name: tensor.clone() for name, tensor in given.items()}
+        whole = dict(zip(graph.outputs, interpret.run(graph, held), strict=True))
+    outputs = {name: _error(found[name], whole[name]) for name in graph.outputs}
+    return Comparison(outputs, _gradients(graph, program, running, whole))
+
+
+def _gradients(
+    graph: OpGraph, program: FrozenProgram, running: _Run, outputs: Tensors
+) -> dict[str, float]:
+    arriving = gradient.seeds(graph, outputs)
+    if not arriving:
+        return {}
+    whole = gradient.whole(graph, running.tensors, arriving)
+    backward = gradient.Backward(graph, program, running.inputs, running.cluster)
+    found = backward.run(arriving)
+    largest = max((float(value.abs().max()) for value in whole.values()), default=0.0)
+    return {name: _error(found[name], whole[name], largest / 1000) for name in whole}
+
+
+def _error(found: torch.Tensor, whole: torch.Tensor, least: float = 0.0) -> float:
+    if found.shape != whole.shape:
+        raise ToolkitError(f"an output has shape {tuple(found.shape)}, not {tuple(whole.shape)}")
+    if not whole.numel():
+        return 0.0
+    one, other = found.to(torch.float64), whole.to(torch.float64)
+    scale = max(float(other.abs().max()), least)
+    return float((one - other).abs().max()) / (scale or 1.0)
 
 
 class _Run:
@@ -90,7 +101,7 @@ class _Run:
         self,
         graph: OpGraph,
         program: FrozenProgram,
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Tensors,
         cluster: Cluster,
     ) -> None:
         self.graph = graph
@@ -99,6 +110,7 @@ class _Run:
         self.cluster = cluster
         self.made: dict[View, torch.Tensor] = {}
         self.delivered: dict[View, torch.Tensor] = {}
+        self.inputs: dict[str, list[torch.Tensor]] = {}
 
     def outputs(self) -> dict[str, torch.Tensor]:
         supplies = {
@@ -128,7 +140,7 @@ class _Run:
 
     def _call(self, sub_op: SubOp) -> None:
         op = self.graph.op(sub_op.op)
-        inputs = []
+        inputs = self.inputs[sub_op.name] = []
         for index, view in enumerate(sub_op.inputs):
             if view.tensor.name in self.program.sources:
                 inputs.append(_part(self.tensors[view.tensor.name], view.mask))

@@ -7,8 +7,10 @@ checks that it can run, `verify` that it computes what the model does. What is c
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from toolkit.errors import UsageError, unknown_name
@@ -135,7 +137,7 @@ class Program:
     def freeze(self) -> FrozenProgram:
         """Return the program as checked data.
 
-        Raises UsageError naming operators without a device or with a missing input, and
+        Raises UsageError naming operators without a device or whose replicas differ, and
         InfeasibleError naming those that wait for each other.
         """
         parts = [part for op in self.graph.ops for part in self._leaves(op.name)]
@@ -146,6 +148,8 @@ class Program:
                 f"{len(missing)} of {len(parts)} parts have no device: {shown}",
                 remedy="assign each to one",
             )
+        for op in self.graph.ops:
+            self._check_replicas(op.name)
         sub_ops = tuple(self._sub_op(part) for part in parts)
         order = dict.fromkeys(
             (one.name, other.name)
@@ -163,7 +167,8 @@ class Program:
     def verify(
         self, tensors: Mapping[str, torch.Tensor], cluster: Cluster | None = None
     ) -> Comparison:
-        """Run the program here, part by part on virtual devices, and the model whole; compare.
+        """Run the program here, part by part on virtual devices, and the model whole; compare
+        every output and the gradient of every parameter.
 
         `tensors` are the graph's parameters and inputs by name. Data moves by the adapters that
         `cluster` (CPU ranks when not given) would use.
@@ -197,6 +202,24 @@ class Program:
                 remedy="use these: trans returns them, and ops finds them",
             )
         raise unknown_name(f"part or operator of {self.graph.name}", name, self._parts)
+
+    def _check_replicas(self, op: str) -> None:
+        """Refuse replicas that were divided differently: in backward they would count twice."""
+        found = self.annotation(op)
+        works = {part.work: part for part in self._leaves(op)}
+        shares = [
+            math.prod(
+                (Fraction(high - low, found.sizes[name]) for name, (low, high) in p.region.items()),
+                start=Fraction(1),
+            )
+            for p in works.values()
+        ]
+        if sum(shares) != 1:
+            names = [part.name for part in self._leaves(op)]
+            raise UsageError(
+                f"replicas of {op} are divided differently: {', '.join(names[:_SHOWN])}",
+                remedy="divide replicas alike and in the same order, or replicate last",
+            )
 
     def _ends(self, parts: Sequence[Part]) -> tuple[list[int], list[int]]:
         """Which of some parts read nothing that others make, and which make nothing they read."""
