@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from toolkit import log
 from toolkit.errors import ToolkitError, UsageError, unknown_name
+from toolkit.ir import repeat
 
 _log = log.get_logger(__name__)
 
@@ -34,12 +35,21 @@ class Captured:
     sizes: Mapping[str, int]  # as traced
     axes: Axes
     fixed: Mapping[str, str]  # size -> why it does not vary
+    calls: Mapping[int, str]  # number of a block's call, in repeat.py's operators -> its path
 
 
 def capture(
-    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], axes: Axes | None
+    module: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    axes: Axes | None,
+    *,
+    own: Mapping[str, str] | None = None,
 ) -> Captured:
-    """Export `module` with every dim named in `axes` (None: guessed) left free to vary."""
+    """Export `module` with every dim named in `axes` (None: guessed) left free to vary.
+
+    With `own` (see repeat.py) equal calls of repeated blocks are traced once.
+    """
     leaves = _leaves(module, args, kwargs)
     axes = guess_axes(leaves) if axes is None else axes
     sizes = _sizes(leaves, axes)
@@ -50,13 +60,13 @@ def capture(
     }
     varying = {name: dims for name, dims in axes.items() if name not in fixed}
     try:
-        program = _export(module, args, kwargs, varying)
+        program, calls = _export(module, args, kwargs, varying, own)
     except Exception as error:
         # Some models only trace at fixed sizes; a graph that cannot vary is still a graph.
         fixed |= dict.fromkeys(varying, f"torch.export: {_first_line(error)}")
-        program = _export_fixed(module, args, kwargs)
+        program, calls = _export_fixed(module, args, kwargs, own)
     names = tuple(name for name, _ in leaf_names(module, args, kwargs))
-    return Captured(program, names, sizes, axes, fixed)
+    return Captured(program, names, sizes, axes, fixed, calls)
 
 
 def guess_axes(leaves: Mapping[str, torch.Tensor]) -> Axes:
@@ -178,25 +188,35 @@ def _sizes(leaves: Mapping[str, torch.Tensor], axes: Axes) -> dict[str, int]:
     return sizes
 
 
+_Exported = tuple[torch.export.ExportedProgram, Mapping[int, str]]
+
+
 def _export(
-    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], axes: Axes
-) -> torch.export.ExportedProgram:
+    module: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    axes: Axes,
+    own: Mapping[str, str] | None,
+) -> _Exported:
     """Export with the dims in `axes` free. Raises whatever torch.export raises, which is much."""
     dynamic = _dynamic_shapes(module, args, kwargs, axes) if axes else None
     call = (tuple(args), dict(kwargs))
     if _on_meta(module):
         try:
-            return _run_export(*_on_fake_cpu(module, *call), dynamic)
+            return _run_export(*_on_fake_cpu(module, *call), dynamic, own)
         except Exception as error:
             _log.info("export on a fake CPU failed (%s); trying on meta", _first_line(error))
-    return _run_export(module, *call, dynamic)
+    return _run_export(module, *call, dynamic, own)
 
 
 def _export_fixed(
-    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> torch.export.ExportedProgram:
+    module: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    own: Mapping[str, str] | None,
+) -> _Exported:
     try:
-        return _export(module, args, kwargs, {})
+        return _export(module, args, kwargs, {}, own)
     except Exception as error:
         raise ToolkitError(
             f"torch.export cannot trace {type(module).__name__}: {_first_line(error)}",
@@ -206,10 +226,20 @@ def _export_fixed(
 
 
 def _run_export(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
-) -> torch.export.ExportedProgram:
-    with _quiet(), _tensors_out(module):
-        return torch.export.export(module, args, kwargs, strict=False, dynamic_shapes=dynamic)
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic: Any,
+    own: Mapping[str, str] | None,
+) -> _Exported:
+    with contextlib.ExitStack() as around:
+        around.enter_context(_quiet())
+        around.enter_context(_tensors_out(module))
+        calls: Mapping[int, str] = {}
+        if own is not None:
+            calls = around.enter_context(repeat.tracing_once(module, own))
+        program = torch.export.export(module, args, kwargs, strict=False, dynamic_shapes=dynamic)
+    return program, calls
 
 
 def _on_fake_cpu(

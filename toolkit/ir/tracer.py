@@ -21,6 +21,7 @@ from toolkit import log
 from toolkit.errors import ToolkitError
 from toolkit.ir import attention, capture, formulas, storage, symbols
 from toolkit.ir.capture import Axes, Captured
+from toolkit.ir.expand import CannotRepeatError, Parts, Repeats, differentiable
 from toolkit.ir.graph import Argument, Constant, Op, OpGraph, Ref, Tensor
 from toolkit.ir.scale import SHAPE_ARGUMENT, Evaluator, Scaling, Size
 
@@ -37,10 +38,9 @@ _ROLES: dict[InputKind, Any] = {
     InputKind.CONSTANT_TENSOR: "constant",
     InputKind.USER_INPUT: "input",
 }
-_NOT_DIFFERENTIABLE = frozenset({"aten.detach", "aten.sign", "aten.empty_like", "aten.zeros_like",
-                                 "aten.ones_like", "aten.rand_like", "aten.randn_like",
-                                 "aten.full_like", "aten.new_zeros", "aten.new_ones",
-                                 "aten.new_full", "aten.new_empty", "aten.histc"})  # fmt: skip
+_REPEATS = frozenset({
+    "toolkit.enter.default", "toolkit.leave.default", "toolkit.repeat.default",
+})  # fmt: skip
 
 
 def trace(
@@ -60,8 +60,15 @@ def trace(
     not. Raises ToolkitError when torch.export cannot trace the model, and when an operator has no
     formula (none is ever taken as free).
     """
-    captured = capture.capture(module, args, kwargs or {}, axes)
-    graph = attention.as_eager(_Builder(module, captured, name).graph())
+    own, _ = own_names(module)
+    try:
+        captured = capture.capture(module, args, kwargs or {}, axes, own=own)
+        traced = _Builder(module, captured, name).graph()
+    except CannotRepeatError as error:
+        _log.info("%s is traced in full: %s", name, error)
+        captured = capture.capture(module, args, kwargs or {}, axes)
+        traced = _Builder(module, captured, name).graph()
+    graph = attention.as_eager(traced)
     formulas.check(graph)
     return graph
 
@@ -118,7 +125,11 @@ class _Builder:
         self.symbols, bounds = symbols.named(self.captured, fixed)
         sizes = dict(self.captured.sizes)
         self.now = Evaluator(sizes)
-        self.own, self.tied = _own_names(self.module)
+        self.own, self.tied = own_names(self.module)
+        self.repeats = Repeats(Parts(
+            self.ops, self.tensors, self.shapes, self.arguments, self.modules, self.own,
+            self._new_name,
+        ))  # fmt: skip
         inputs = tuple(self._placeholders())
         given = self._body(self.captured.program.graph_module)
         outputs = [name for name in given if isinstance(name, str) and name in self.tensors]
@@ -187,6 +198,8 @@ class _Builder:
             self.values[node] = self.symbols(value)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             self._region(body, node)
+        elif str(node.target) in _REPEATS:
+            self._repeated(node, str(node.target))
         elif str(node.target) in _CHECKS:
             self.values[node] = None
         elif isinstance(node.target, torch._ops.OpOverload) and value is not None:
@@ -220,12 +233,7 @@ class _Builder:
         self.modules.setdefault(path, kind_of_module)
         for parent, parent_kind in (node.meta.get("nn_module_stack") or {}).values():
             self.modules.setdefault(_path(parent), _class(parent_kind))
-        short = str(target).split(".")[1]
-        name = f"{path}:{short}"
-        self.counts[name] += 1
-        if self.counts[name] > 1:
-            name = f"{name}.{self.counts[name] - 1}"
-
+        name = self._new_name(path, str(target).split(".")[1])
         values = node.meta["val"]
         many = isinstance(values, (tuple, list))
         values = list(values) if many else [values]
@@ -259,8 +267,7 @@ class _Builder:
         written = _written(target, arguments)
         base = next(iter(op.inputs), None)
         base_value = next((n.meta["val"] for n in node.all_input_nodes if self._is(n, base)), None)
-        differentiable = self.grad_enabled and op.kind not in _NOT_DIFFERENTIABLE
-        grad = differentiable and any(self.tensors[n].requires_grad for n in op.inputs)
+        grad = differentiable(op) and any(self.tensors[n].requires_grad for n in op.inputs)
         for output, value in zip(outputs, values, strict=True):
             owner = output
             if written is not None:
@@ -273,6 +280,24 @@ class _Builder:
         if written is not None:
             op = self._after_write(node, op, written)
         self.ops.append(op)
+
+    def _new_name(self, path: str, operator_name: str) -> str:
+        name = f"{path}:{operator_name}"
+        self.counts[name] += 1
+        return name if self.counts[name] == 1 else f"{name}.{self.counts[name] - 1}"
+
+    def _repeated(self, node: torch.fx.Node, kind: str) -> None:
+        """One of repeat.py's operators: where a block's call begins or ends, or happens again."""
+        given, call, *earlier = cast("tuple[Any, ...]", node.args)
+        names = tuple(self.values[part] for part in given)
+        path = self.captured.calls[call]
+        if kind == "toolkit.repeat.default":
+            names = self.repeats.repeat(earlier[0], path, names)
+        elif kind == "toolkit.enter.default":
+            self.repeats.enter(call, path, names)
+        else:
+            self.repeats.leave(call, names)
+        self.values[node] = names
 
     def _is(self, node: torch.fx.Node, name: str | None) -> bool:
         found = self.values.get(node)
@@ -344,7 +369,7 @@ class _Builder:
         return self.symbols(given)
 
 
-def _own_names(module: torch.nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+def own_names(module: torch.nn.Module) -> tuple[dict[str, str], dict[str, str]]:
     """Every parameter's and buffer's FQN -> its first FQN, and the tied ones alone."""
     first: dict[int, str] = {}
     own: dict[str, str] = {}
