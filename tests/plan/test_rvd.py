@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from dataclasses import dataclass
 
 import networkx as nx
 import pytest
@@ -20,22 +19,6 @@ from toolkit.plan.rvd.moves import kind
 from toolkit.plan.rvd.prices import AlphaBeta, Volume
 
 CLUSTERS = ("h100x8", "dgx1", "mi300x8", "generic-cpux8", "2xh100x4", "4xh100x2", "2xh100x3+2xl4")
-
-
-@dataclass(frozen=True)
-class Calls:
-    """One for every communication, nothing for local moves."""
-
-    local_is_free: bool = True
-
-    def collective(self, kind, num_bytes, groups):
-        return float(kind not in ("slice", "vslice", "pad"))
-
-    def messages(self, messages):
-        return 1.0
-
-    def topology(self, ranks):
-        return len(ranks)
 
 
 def placed(rng, axes, num_dims, *, values=True):
@@ -335,76 +318,6 @@ def test_a_route_never_costs_more_than_the_one_the_volume_would_choose(rng):
         )
     cost += repriced(theirs.first, prices, shape, 4) + repriced(theirs.last, prices, shape, 4)
     assert ours.cost <= cost * (1 + 1e-9)
-
-
-# Against torch's own planner ------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def meshes():
-    """A 2x2 and a 2x4 mesh of one process: torch's fake group has no peers to talk to."""
-    import torch.distributed as dist
-
-    try:
-        from torch.distributed.device_mesh import DeviceMesh
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-    except ImportError as error:
-        pytest.skip(f"this torch has no fake process group: {error}")
-    if dist.is_initialized():
-        pytest.skip("a process group is in use")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
-    import torch
-
-    yield {
-        (2, 2): DeviceMesh("cpu", torch.arange(4).reshape(2, 2)),
-        (2, 4): DeviceMesh("cpu", torch.arange(8).reshape(2, 4)),
-    }
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("axes", [(2, 2), (2, 4)])
-def test_no_more_calls_than_torch_and_never_dearer(meshes, axes):
-    """All pairs of placements of a 2-D tensor on a mesh, by DTensor's graph search and by ours."""
-    import torch
-    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-    from torch.distributed.tensor._redistribute import DTensorRedistributePlanner
-    from torch.distributed.tensor.placement_types import Partial, Replicate, Shard
-
-    shape = (64, 64)
-    meta = TensorMeta(torch.Size(shape), (64, 1), torch.float32)
-    ranks = tuple(range(math.prod(axes)))
-    prices = AlphaBeta(find_cluster("h100x8"))
-    price = search.Pricer(prices, ranks, axes, shape, 4)
-    places = {0: Replicate(), 1: Partial(), 2: Shard(0), 3: Shard(1)}
-
-    def ours(slots):
-        rows = [tuple(axis for axis in (0, 1) if slots[axis] == place) for place in range(4)]
-        return Placed(axes, tuple(rows))
-
-    every = list(itertools.product(range(4), repeat=2))
-    fewer = 0
-    for old, new in itertools.product(every, every):
-        planner = DTensorRedistributePlanner(meshes[axes], meta)
-        specs = [
-            DTensorSpec(meshes[axes], tuple(places[s] for s in slots), tensor_meta=meta)
-            for slots in (old, new)
-        ]
-        found = planner.generate_graph_based_transform_infos(*specs, shape)
-        state, calls, cost = list(old), 0, 0.0
-        for info in found:
-            target = next(s for s, p in places.items() if p == info.src_dst_placements[1])
-            what = kind(state[info.mesh_dim], target)
-            cost += price(what, (info.mesh_dim,), ours(state).slots)
-            calls += what not in ("slice", "vslice", "pad")
-            state[info.mesh_dim] = target
-        ends = ours(old), ours(new)
-        fewest = search.find(shape, 4, ranks, *ends, Calls())
-        assert fewest.cost <= calls, (old, new)
-        fewer += fewest.cost < calls
-        cheapest = search.find(shape, 4, ranks, *ends, prices)
-        assert cheapest.cost <= cost * (1 + 1e-9), (old, new, str(cheapest))
-    # Both ends of nested partial sums, at least: torch reduces axis by axis.
-    assert fewer > 0
 
 
 def test_four_dims_over_sixteen_ranks_visit_few_layouts():

@@ -11,11 +11,13 @@ from toolkit.hardware.cluster import Cluster
 from toolkit.plan.materialize import direct, regular
 from toolkit.plan.materialize.adapter import Adapter, Buffer, Builder
 from toolkit.plan.rvd.prices import AlphaBeta
-from toolkit.plan.rvd.transfers import Holding
+from toolkit.plan.rvd.transfers import Holding, Market
 from toolkit.plan.tensors import Mask, PTensor, VTensor, atoms, check_tiling, family
 
 # Collectives that take as long as sends, but for rounding, are taken: they are fewer calls.
 _TIE = 1 + 1e-6
+# With more pairs of producers and consumers than this, collectives are not compared with sends.
+_MANY = 4096
 
 
 def materialize(
@@ -41,21 +43,36 @@ def materialize(
     prices = AlphaBeta(cluster)
     builder, inputs = _start(tensor, producers)
     holdings = usable(producers)
-    zeros = absent == "zero"
-    plain = direct.build(builder, inputs, holdings, consumers, prices, zeros=zeros)
-    if not plain.communication:
-        return plain
     held = regular.by_rank(producers, adds_up=True)
     wanted = regular.by_rank(consumers, adds_up=False)
-    found = regular.way(tensor, held, wanted, prices) if held and wanted else None
-    if found is None:
+    holdings = usable(producers)
+    found = None
+    if held and wanted and not _in_place(holdings, consumers):
+        found = regular.way(tensor, held, wanted, prices)
+    if found is not None and held and len(producers) * len(consumers) > _MANY:
+        return regular.build(builder, inputs, held, consumers, found, prices)
+    zeros = absent == "zero"
+    plain = direct.build(builder, inputs, holdings, consumers, prices, zeros=zeros)
+    if found is None or held is None:
         return plain
     if found.cost > plain.seconds * _TIE:
         return replace(plain, others={str(found): found.cost})
     builder, inputs = _start(tensor, producers)
-    assert held
     made = regular.build(builder, inputs, held, consumers, found, prices)
     return replace(made, others={plain.route: plain.seconds})
+
+
+def _in_place(holdings: Sequence[Holding], consumers: Sequence[VTensor]) -> bool:
+    """Whether every consumer's rank holds what it needs."""
+    local: dict[int, list[Holding]] = {}
+    for holding in holdings:
+        local.setdefault(holding.rank, []).append(holding)
+    return all(
+        not Market(local.get(view.rank, ()), lambda _holder, _to: 0.0).cover(view.mask, view.rank)[
+            1
+        ]
+        for view in consumers
+    )
 
 
 def _start(tensor: PTensor, producers: Sequence[VTensor]) -> tuple[Builder, list[Buffer]]:

@@ -8,7 +8,7 @@ be the same ranks in orders that no grid aligns.
 
 from __future__ import annotations
 
-import heapq
+import functools
 import itertools
 import math
 from collections.abc import Hashable, Iterator, Sequence
@@ -216,9 +216,7 @@ class _Search:
                 least = self._least(before, after)
                 for (cost, state), (more, other) in itertools.product(states, others):
                     found.append((cost + more + least, next(number), state, other))
-        heapq.heapify(found)
-        while found:
-            bound, _, state, other = heapq.heappop(found)
+        for bound, _, state, other in sorted(found):
             yield bound, state, other
 
     def _least(self, before: Layout, after: Layout) -> float:
@@ -231,10 +229,9 @@ class _Search:
         return self._nearest(numel * self.item_bytes)
 
     def _nearest(self, num_bytes: int) -> float:
-        if not hasattr(self, "_pairs"):
-            self._pairs = self._kinds_of_pairs()
-        return min(self.prices.messages([(a, b, num_bytes)]) for a, b in self._pairs)
+        return min(self.prices.messages([(a, b, num_bytes)]) for a, b in self._kinds_of_pairs)
 
+    @functools.cached_property
     def _kinds_of_pairs(self) -> list[tuple[int, int]]:
         """One pair of ranks (from, to) for each kind of connection between the groups."""
         found = {

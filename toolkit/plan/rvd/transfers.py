@@ -100,7 +100,7 @@ class Market:
             self.distance(held.rank, to),
             -Mask(box).numel,
             self._served.get(held.rank, 0),
-            (held.rank - to) % (1 << 30),
+            abs(held.rank - to),
         )
 
     def _take(
