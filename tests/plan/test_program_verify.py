@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from toolkit import ir, models
-from toolkit.errors import UsageError
+from toolkit.errors import InfeasibleError, UsageError
 from toolkit.hardware import find_cluster
 from toolkit.ir import interpret
 from toolkit.plan.program import Program, Replicate, Split
@@ -95,6 +95,11 @@ def test_data_parallel_communicates_nothing_forward(request, which, num):
     spread(program, program.flow("ids_BT", dim=0), num)
     assert program.verify(tensors).max_error < EXACT
     assert kinds(program, num) == {}
+    reduced = program.freeze().reducers(find_cluster(f"h100x{num}"))
+    # What is computed alike everywhere, from no batch, needs no reduction.
+    batched = {tensor.name for tensor in graph.parameters()} - {"position_embedding.weight"}
+    assert {reducer.weight for reducer in reduced} == batched
+    assert {reducer.ranks for reducer in reduced} == {tuple(range(num))}
 
 
 def test_a_mean_loss_counts_the_targets_of_all_parts(gpt):
@@ -118,6 +123,7 @@ def test_megatron_reduces_twice_a_block(request, which, columns):
     spread(program, {**hidden, **heads}, 2)
     assert program.verify(tensors).max_error < EXACT
     assert kinds(program, 2) == {"all_reduce": 2 * 4}
+    assert program.freeze().reducers(find_cluster("h100x2")) == ()
 
 
 def test_the_vocabulary_splits_in_embedding_and_head(gpt):
@@ -331,7 +337,14 @@ def test_random_programs_compute_what_the_model_does(small, data):
         first = data.draw(st.integers(0, 5))
         for index, part in enumerate(program.ops(op.name)):
             program.assign(part, (first + index) % 8)
-    assert program.verify(tensors).max_error < EXACT
+    try:
+        found = program.verify(tensors)
+    except InfeasibleError as error:
+        # Shares of a bias may be read by differing numbers of parts: refused, and never wrong.
+        if "partial sums are read by" not in error.message:
+            raise
+        assume(False)
+    assert found.max_error < EXACT
 
 
 def test_an_exchange_is_taken_apart_where_parts_must_wait_for_its_readers(mlp):

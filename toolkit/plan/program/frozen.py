@@ -14,7 +14,7 @@ from typing import Any
 import networkx as nx
 
 from toolkit.hardware.cluster import Cluster
-from toolkit.plan.materialize import Adapter
+from toolkit.plan.materialize import Adapter, Reducer, reducers
 from toolkit.plan.program import depend
 from toolkit.plan.program.depend import Exchange
 from toolkit.plan.tensors import Interval, VTensor
@@ -25,7 +25,7 @@ class SubOp:
     """A part of operator `op`, and what it sees of each input and makes of each output.
 
     `region` is the interval of each dim identifier that was split. Backward runs on the same
-    device. Parts with the same `recompute` are run again, together, before their backward.
+    device, if there is one. Parts with the same `recompute` are run again, together, before theirs.
     """
 
     name: str
@@ -34,6 +34,7 @@ class SubOp:
     inputs: tuple[VTensor, ...]
     outputs: tuple[VTensor, ...]
     region: Mapping[str, Interval]
+    has_backward: bool = False
     recompute: str = ""
 
     @property
@@ -47,7 +48,8 @@ class FrozenProgram:
     """A program that can run: every operator placed, every view made by someone, no cycle.
 
     `sub_ops` are in an order in which they can run. `sources` are the tensors that every device
-    has its parts of (parameters, inputs); `digest` is that of the graph.
+    has its parts of (parameters, inputs), `weights` those that are trained; `digest` is that of the
+    graph.
     """
 
     name: str
@@ -55,6 +57,7 @@ class FrozenProgram:
     sub_ops: tuple[SubOp, ...]
     order: tuple[tuple[str, str], ...]
     sources: tuple[str, ...]
+    weights: tuple[str, ...]
     outputs: tuple[str, ...]
 
     @cached_property
@@ -85,6 +88,24 @@ class FrozenProgram:
         """Return what is communicated forward, in words: one line an exchange and kind."""
         found = self.adapters(cluster)
         return "\n".join(map(str, found)) if found else "nothing is communicated"
+
+    def reducers(self, cluster: Cluster, *, sharded: bool = False) -> tuple[Reducer, ...]:
+        """Return over which devices the gradients of weights are summed; see materialize.reducers.
+
+        Raises InfeasibleError when operators that share a weight are not replicated alike.
+        """
+        readers: dict[str, list[VTensor]] = {}
+        for sub_op in self.sub_ops:
+            for index, view in enumerate(sub_op.inputs if sub_op.has_backward else ()):
+                # One operator that reads a weight twice adds to its gradient twice.
+                named = dataclasses.replace(view, op=f"{sub_op.work}:{index}")
+                readers.setdefault(view.tensor.name, []).append(named)
+        found = (
+            reducers(readers[name][0].tensor, readers[name], cluster, sharded=sharded)
+            for name in self.weights
+            if name in readers
+        )
+        return tuple(reducer for several in found for reducer in several)
 
     def to_body(self) -> dict[str, Any]:
         """Return the program as a JSON value."""

@@ -158,7 +158,13 @@ class Program:
         )
         sources = tuple(t.name for t in self.graph.tensors.values() if t.role != "activation")
         made = FrozenProgram(
-            self.graph.name, self.graph.digest, sub_ops, tuple(order), sources, self.graph.outputs
+            name=self.graph.name,
+            digest=self.graph.digest,
+            sub_ops=sub_ops,
+            order=tuple(order),
+            sources=sources,
+            weights=tuple(t.name for t in self.graph.parameters() if t.requires_grad),
+            outputs=self.graph.outputs,
         )
         check.check(made)
         ready = depend.in_order(sub_ops, made.dependencies, made.exchanges)
@@ -245,5 +251,6 @@ class Program:
             tuple(map(view, op.inputs, part.inputs(found))),
             tuple(map(view, op.outputs, part.outputs(found))),
             dict(part.region),
+            part.op in self.graph.differentiated,
             self._recompute.get(part.name, ""),
         )
