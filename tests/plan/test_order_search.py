@@ -99,6 +99,28 @@ def test_five_microbatches_of_memory_are_enough_for_60():
     assert found.schedule.peak == 5
 
 
+@pytest.mark.slow
+def test_five_microbatches_of_memory_cannot_repeat_faster_than_9():
+    one = replace(published_interlaced(), memory_limit=5)
+    found = repetend.search(one, time_limit_s=200)
+    assert found.period == pytest.approx(9)
+    assert found.proved
+
+
+def test_two_microbatches_together_may_repeat_faster_than_one():
+    stages = [Stage(3, 4, 0), Stage(3, 2, 0), Stage(2, 3, 0)]
+    one = chain([(0,), (1,), (2,)], stages, memory_limit=2)
+    alone, pair = repetend.search(one), repetend.search(one, together=2, time_limit_s=60)
+    assert alone.proved
+    assert alone.period == pytest.approx(10)
+    assert pair.proved
+    assert pair.period == pytest.approx(9.5)
+    for m in (1, 4, 7):
+        schedule = pair.repeat(m)
+        schedule.check()
+        assert len(schedule.starts) == 6 * m
+
+
 def test_the_handmade_interlaced_pipeline_is_beaten():
     costs = interlaced_costs(4, Stage(1, 1, 0, 0), Stage(1, 1, 2, 1))
     by_hand = run(interlaced(4, 6), costs)

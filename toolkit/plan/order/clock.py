@@ -62,7 +62,7 @@ class Clock:
     def _boundary(self, source: int, user: int) -> int:
         """The place in a list of delays between stages s and s + 1; -1 where nothing travels."""
         here, there = self.problem.blocks[source], self.problem.blocks[user]
-        if set(there.devices) <= set(here.devices):
+        if here.devices == there.devices or set(there.devices) <= set(here.devices):
             return -1
         return min(here.action.stage, there.action.stage)
 

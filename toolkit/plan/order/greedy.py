@@ -108,9 +108,8 @@ def by_priority(problem: Problem, keys: Sequence[Key]) -> Schedule:
     held = [0.0] * problem.num_devices
     waiting = [(keys[i], i) for i, count in enumerate(missing) if count == 0]  # may start now
     heapq.heapify(waiting)
-    events: list[
-        tuple[float, int, int]
-    ] = []  # (time, 0 a block ends | 1 its results arrive, which)
+    # (time, 0 a block ends | 1 the last thing a block waits for arrives, which block)
+    events: list[tuple[float, int, int]] = []
     ready_at = [0.0] * len(blocks)
     now, left = 0.0, len(blocks)
     while left:

@@ -99,13 +99,11 @@ class Order:
     ) -> list[Edge]:
         edges = []
         for source in needs(action, len(self.placement), self.no_grad, present):
-            travels = not self._local(source.stage, action.stage)
+            here, there = self.placement[source.stage], self.placement[action.stage]
+            # A result of a stage on all devices is everywhere; one of a single device must travel.
+            travels = here != there and not set(there) <= set(here)
             edges.append(Edge(source, delays[min(source.stage, action.stage)] if travels else 0.0))
         return edges
-
-    def _local(self, source: int, user: int) -> bool:
-        # A result of a stage on all devices is everywhere; one of a single device must travel.
-        return set(self.placement[user]) <= set(self.placement[source])
 
 
 def needs(

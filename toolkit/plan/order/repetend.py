@@ -17,6 +17,7 @@ import contextlib
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_matrix
 
-from toolkit.errors import InfeasibleError
+from toolkit.errors import InfeasibleError, UsageError
 from toolkit.plan.order import bounds
 from toolkit.plan.order.problem import Problem
 from toolkit.plan.order.schedule import Schedule
@@ -33,15 +34,17 @@ from toolkit.plan.order.schedule import Schedule
 
 @dataclass(frozen=True)
 class Repetend:
-    """Block i of microbatch n of the problem `one` starts at `offsets[i] + n period`.
+    """`together` microbatches of the problem `one`, repeated: block i of the n-th repetition of
+    `one.repeat(together)` starts at `offsets[i] + n together period`.
 
-    No steady state has a period below `at_least`, as far as was proved.
+    No steady state of as many together has a period below `at_least`, as far as was proved.
     """
 
     one: Problem
     period: float
     offsets: tuple[float, ...]
     at_least: float
+    together: int = 1
 
     @property
     def proved(self) -> bool:
@@ -49,21 +52,20 @@ class Repetend:
 
     @property
     def length(self) -> float:
-        """From a microbatch's first start to its last end."""
-        spans = (block.span for block in self.one.blocks)
-        return max(map(float.__add__, self.offsets, map(float, spans))) - min(self.offsets)
+        """From the first start in a repetition to the last end."""
+        spans = [block.span for block in self.one.blocks] * self.together
+        ends = (offset + span for offset, span in zip(self.offsets, spans, strict=True))
+        return max(ends) - min(self.offsets)
 
     def repeat(self, num_microbatches: int) -> Schedule:
         """Return the periodic schedule of this many microbatches, warm-up and cool-down loose."""
-        first = min(self.offsets)
-        return Schedule(
-            self.one.repeat(num_microbatches),
-            tuple(
-                offset - first + n * self.period
-                for n in range(num_microbatches)
-                for offset in self.offsets
-            ),
-        )
+        first, size = min(self.offsets), len(self.one.blocks)
+        starts = []
+        for microbatch in range(num_microbatches):
+            n, which = divmod(microbatch, self.together)
+            shift = n * self.together * self.period - first
+            starts += [o + shift for o in self.offsets[which * size : (which + 1) * size]]
+        return Schedule(self.one.repeat(num_microbatches), tuple(starts))
 
 
 class _Edge(NamedTuple):
@@ -79,19 +81,24 @@ class _Edge(NamedTuple):
 _FEW_TURNS = 6
 
 
-def search(one: Problem, *, time_limit_s: float = 20.0, most_nodes: int = 100_000) -> Repetend:
+def search(
+    one: Problem, *, together: int = 1, time_limit_s: float = 20.0, most_nodes: int = 100_000
+) -> Repetend:
     """Return the steady state with the least period, and of those one with the shortest passage of
-    a microbatch.
+    a microbatch. With several microbatches `together` the period may be less, since memory comes
+    in whole microbatches; the program grows with the square of their blocks.
 
     Raises InfeasibleError when none was found in time. The result depends on the time only when
     the time ends the search before `most_nodes` do.
     """
-    program = _Program(one)
-    lower = bounds.period(one).value
-    num = len(one.blocks)
+    some = one.repeat(together)
+    program = _Program(some)
+    lower = bounds.period(one).value * together
+    num = len(some.blocks)
     period, at_least = math.inf, lower
     offsets: tuple[float, ...] = ()
-    # A chain's blocks each wait less than a period, so `num` turns are always enough.
+    # In a chain a block waits less than a period for its turn, so `num` turns are always enough;
+    # for other shapes `at_least` is proved for at most that many.
     for most_turns in sorted({min(_FEW_TURNS, num), num}):
         found = program.solve(None, lower, most_turns, time_limit_s / 3, most_nodes)
         if found is not None:
@@ -109,12 +116,12 @@ def search(one: Problem, *, time_limit_s: float = 20.0, most_nodes: int = 100_00
             f"within {time_limit_s:g} s and a memory of {one.memory_limit:g} per device",
             remedy="allow more memory or more time",
         )
-    first = Repetend(one, period, offsets, at_least)
+    first = Repetend(one, period / together, offsets, at_least / together, together)
     most_turns = min(num, 1 + math.floor(first.length / period))
     found = program.solve(1 / period, lower, most_turns, time_limit_s / 3, most_nodes)
     if found is not None:
         again, starts = program.tighten(found[0], lower)
-        second = Repetend(one, again, starts, at_least)
+        second = Repetend(one, again / together, starts, at_least / together, together)
         if again <= period * (1 + 1e-9) and second.length < first.length:
             return second
     return first
@@ -196,12 +203,16 @@ class _Program:
         low, high = np.zeros(num), np.full(num, np.inf)
         low[self.length + 1 :], high[self.length + 1 :] = -most_turns, most_turns
         integral[self.length + 1 :] = 1
+        for (i, j), k in self.turn.items():
+            # Alike microbatches may be numbered in the order in which they run.
+            if self.one.blocks[i].slot == self.one.blocks[j].slot:
+                low[k] = high[k] = 0
         if rho is None:
             goal[self.rho], high[self.rho] = -1, 1 / lower
         else:
             # A hair of slack: rho is a rounded number.
             goal[self.length], low[self.rho], high[self.rho] = 1, rho * (1 - 1e-7), rho
-        with _stdout_to_stderr():
+        with _quiet():
             result: Any = milp(
                 goal,
                 constraints=LinearConstraint(matrix.tocsr(), self.low, self.high),
@@ -236,16 +247,23 @@ class _Program:
 
 
 @contextlib.contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """HiGHS prints a line of its own debugging now and then; stdout may be somebody's JSON."""
+def _quiet() -> Iterator[None]:
+    """HiGHS prints lines of its own debugging now and then; stdout may be somebody's JSON. What
+    others print meanwhile is passed on.
+    """
     sys.stdout.flush()
     saved = os.dup(1)
-    try:
-        os.dup2(2, 1)
-        yield
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)
+    with tempfile.TemporaryFile() as printed:
+        os.dup2(printed.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 1)
+            os.close(saved)
+            printed.seek(0)
+            for line in printed:
+                if not line.startswith(b"HighsMipSolverData"):
+                    os.write(1, line)
 
 
 def _longest(num: int, edges: list[_Edge], period: float) -> tuple[tuple[float, ...], list[_Edge]]:
@@ -285,7 +303,10 @@ def steady(schedule: Schedule, *, most_blocks: int = 2000) -> Repetend | None:
     problem = schedule.problem
     by_start = sorted(range(len(problem.blocks)), key=lambda i: schedule.starts[i])
     if len(by_start) > most_blocks:
-        raise ValueError(f"{len(by_start)} blocks; looking for repetition takes too long")
+        raise UsageError(
+            f"a schedule of {len(by_start)} blocks is too large to look for repetition in; "
+            f"at most {most_blocks}"
+        )
     slots = list(problem.slots())
     best: Repetend | None = None
     for at in range(len(by_start) - len(slots) + 1):

@@ -4,6 +4,8 @@ whose embedding shares all devices (arXiv 2301.08984, section 2 and figures 3 an
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from toolkit.plan.order import greedy
 from toolkit.plan.order.action import Action, Rows
 from toolkit.plan.order.clock import run
@@ -29,7 +31,9 @@ def three_f_one_b(
     last = num_devices * (num_forwards - 1)
     no_grad = frozenset(range(last))
     placement = loop(num_devices, num_forwards)
-    one = chain(placement, stage or Stage(), no_grad=no_grad, memory_limit=num_devices)
+    # Memory counts microbatches here, whatever one of them takes.
+    cost = replace(stage or Stage(), memory=1.0, kept=None)
+    one = chain(placement, cost, no_grad=no_grad, memory_limit=num_devices)
     rows = greedy.schedule(one.repeat(num_microbatches), "memory aware").rows
     return Order(f"{num_forwards}F1B", placement, num_microbatches, rows, no_grad)
 
@@ -49,7 +53,7 @@ def interlaced(num_devices: int, num_microbatches: int) -> Order:
     check_counts(num_devices, num_microbatches)
     layers = run(one_f_one_b(num_devices, num_microbatches), Stage(1, 1, 0))
     head = num_devices + 1
-    # (when, what comes first then): layers by the end of their step of 1F1B in equal steps.
+    # (when in 1F1B of equal steps, what comes first then)
     at: dict[Action, tuple[float, int]] = {}
     for i, block in enumerate(layers.problem.blocks):
         stage, kind, microbatch = block.action

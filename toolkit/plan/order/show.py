@@ -43,7 +43,7 @@ def text(schedule: Schedule, title: str, *, columns_a_unit: int = 2) -> str:
     >>> from toolkit.plan.order import clock, simple
     >>> print(text(clock.run(simple.one_f_one_b(2, 2)), "1F1B", columns_a_unit=3))
     1F1B
-    device 0 simulated  0==1==   0~~~~~1~~~~~
+    device 0 simulated  0==1==      0~~~~~   1~~~~~
     device 1 simulated     0==0~~~~~1==1~~~~~
                         |0 s           |5 s
     == forward   ~~ backward
