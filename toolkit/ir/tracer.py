@@ -7,7 +7,6 @@ line. What is left out: sizes computed on the side (they become expressions), an
 from __future__ import annotations
 
 import operator
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from toolkit import log
 from toolkit.errors import ToolkitError
-from toolkit.ir import attention, capture, formulas, storage, symbols
+from toolkit.ir import attention, capture, formulas, nodes, storage, symbols
 from toolkit.ir.capture import Axes, Captured
 from toolkit.ir.expand import CannotRepeatError, Parts, Repeats, differentiable
 from toolkit.ir.graph import Argument, Constant, Op, OpGraph, Ref, Tensor
@@ -151,10 +150,10 @@ class _Builder:
     def _placeholders(self) -> Iterator[str]:
         program = self.captured.program
         specs = program.graph_signature.input_specs
-        nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
+        holders = [node for node in program.graph.nodes if node.op == "placeholder"]
         requires_grad = {name for name, p in self.module.named_parameters() if p.requires_grad}
         given = iter(self.captured.inputs)
-        for node, spec in zip(nodes, specs, strict=True):
+        for node, spec in zip(holders, specs, strict=True):
             value = node.meta.get("val")
             asked = next(given) if spec.kind == InputKind.USER_INPUT else ""
             if not isinstance(value, torch.Tensor):
@@ -212,7 +211,7 @@ class _Builder:
     def _region(self, body: torch.fx.GraphModule, node: torch.fx.Node) -> None:
         """Inline the region of a `with torch.no_grad()` or `with torch.autocast(...)`."""
         kind = str(node.target)
-        at = next((i for i, a in enumerate(node.args) if _is_submodule(a)), None)
+        at = next((i for i, a in enumerate(node.args) if nodes.is_submodule(a)), None)
         if kind not in ("wrap_with_set_grad_enabled", "wrap_with_autocast") or at is None:
             raise _unknown(node)
         outer = self.grad_enabled, self.autocast, self.place
@@ -229,10 +228,10 @@ class _Builder:
         self.grad_enabled, self.autocast, self.place = outer
 
     def _operator(self, node: torch.fx.Node, target: torch._ops.OpOverload) -> None:
-        path, kind_of_module = _module(node)
+        path, kind_of_module = nodes.module(node)
         self.modules.setdefault(path, kind_of_module)
         for parent, parent_kind in (node.meta.get("nn_module_stack") or {}).values():
-            self.modules.setdefault(_path(parent), _class(parent_kind))
+            self.modules.setdefault(nodes.plain_path(parent), nodes.class_name(parent_kind))
         name = self._new_name(path, str(target).split(".")[1])
         values = node.meta["val"]
         many = isinstance(values, (tuple, list))
@@ -247,7 +246,7 @@ class _Builder:
             num_positional=num_positional,
             outputs=outputs,
             module_path=path,
-            source=_source(node),
+            source=nodes.source(node),
             grad_enabled=self.grad_enabled,
             autocast=self.autocast,
         )
@@ -264,7 +263,7 @@ class _Builder:
             self.arguments[name] = varying
         op = replace(op, arguments=arguments)
 
-        written = _written(target, arguments)
+        written = nodes.written(target, arguments)
         base = next(iter(op.inputs), None)
         base_value = next((n.meta["val"] for n in node.all_input_nodes if self._is(n, base)), None)
         grad = differentiable(op) and any(self.tensors[n].requires_grad for n in op.inputs)
@@ -382,46 +381,10 @@ def own_names(module: torch.nn.Module) -> tuple[dict[str, str], dict[str, str]]:
     return own, {name: target for name, target in own.items() if name != target}
 
 
-def _written(target: torch._ops.OpOverload, arguments: Mapping[str, Argument]) -> str | None:
-    """The tensor an in-place operator writes, if it is one."""
-    for argument in target._schema.arguments:
-        given = arguments.get(argument.name)
-        if argument.alias_info is not None and argument.alias_info.is_write and given is not None:
-            return str(given.name)
-    return None
-
-
 def _varies(value: Argument) -> bool:
     return isinstance(value, Size) or (isinstance(value, tuple) and any(map(_varies, value)))
 
 
-def _is_submodule(argument: Any) -> bool:
-    return isinstance(argument, torch.fx.Node) and argument.op == "get_attr"
-
-
-def _path(path: str) -> str:
-    return re.sub(r"@\d+", "", path)
-
-
-def _class(kind: Any) -> str:
-    return (kind if isinstance(kind, str) else kind.__qualname__).rpartition(".")[2]
-
-
-def _module(node: torch.fx.Node) -> tuple[str, str]:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return (_path(stack[-1][0]), _class(stack[-1][1])) if stack else ("", "")
-
-
-def _source(node: torch.fx.Node) -> str:
-    """`package/file.py:line` of the innermost frame that is not torch's own."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    if not frames:
-        return ""
-    outside = [f for f in frames if "/torch/" not in f[0]] or frames
-    file, line = outside[-1]
-    return f"{'/'.join(file.split('/')[-2:])}:{line}"
-
-
 def _unknown(node: torch.fx.Node) -> ToolkitError:
-    path, kind = _module(node)
-    return formulas.unknown_op(str(node.target), f"{path} ({kind})", _source(node))
+    path, kind = nodes.module(node)
+    return formulas.unknown_op(str(node.target), f"{path} ({kind})", nodes.source(node))
