@@ -40,7 +40,7 @@ def copies(monkeypatch):
         ("gpt-tiny", 3),
         ("llama-tiny", 3),
         ("t5-tiny", 1),
-        ("swin-nano", 0),
+        ("swin-nano", 1),
         pytest.param("swin-tiny", 5, marks=pytest.mark.slow),
         pytest.param("evoformer-tiny", 4, marks=pytest.mark.slow),
     ],
