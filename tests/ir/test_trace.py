@@ -41,7 +41,7 @@ def test_every_operator_keeps_its_module_and_source(traced):
         assert op.module_path in paths
         assert op.name.startswith(f"{op.module_path}:")
         assert ":" in op.source
-        assert "/work" not in op.source
+        assert not op.source.startswith("/")
     for path, kind in traced.graph.modules.items():
         assert type(module.get_submodule(path)).__name__ == kind
 
