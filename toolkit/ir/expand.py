@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from toolkit.errors import ToolkitError
 from toolkit.ir import formulas
 from toolkit.ir.graph import Argument, Op, Ref, Tensor
 from toolkit.ir.scale import Size
 
 
-class CannotRepeatError(ToolkitError):
+class CannotRepeatError(Exception):
     """A block's trace cannot be copied; the model is then traced in full."""
 
 
