@@ -19,7 +19,8 @@ def run(*arguments: object):
 
 def test_make_show_simulate(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    made = run(*MAKE, "--strategy", "1f1b", "--batch", 8, "-o", path)
+    at_once = tmp_path / "at_once.json"
+    made = run(*MAKE, "--strategy", "1f1b", "--batch", 8, "-o", path, "--timeline", at_once)
     assert made.exit_code == 0, made.output
     assert "torchrun --nproc-per-node 2 recipes/train.py" in " ".join(made.output.split())
     shown = run("show", path)
@@ -33,6 +34,7 @@ def test_make_show_simulate(tmp_path: Path) -> None:
     assert facts["source"] == "predicted"
     assert facts["step_s"] == pytest.approx(body["prediction"]["step_s"])
     assert files.load(out).duration_s == pytest.approx(facts["step_s"])
+    assert files.load(at_once) == files.load(out)
 
 
 def test_auto_prints_what_it_considered(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from toolkit.plan.planner import Outcome
     from toolkit.plan.simulate import Run
     from toolkit.plan.verify import Report
+    from toolkit.timeline import Timeline
 
 app = typer.Typer(
     help="Plan how a model is trained over many devices.",
@@ -64,6 +65,9 @@ def make(
     memory: Annotated[
         str | None, typer.Option(help="Limit a rank's memory, e.g. 4GiB; default: the device's.")
     ] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(help="Also write the predicted step as a timeline.")
+    ] = None,
     as_json: view.Json = False,
 ) -> None:
     """Trace a model, write a plan for it, and predict its step time, memory and traffic.
@@ -74,7 +78,8 @@ def make(
     Example: toolkit plan make gpt-tiny --strategy 1f1b --cluster cpux2 --batch 16 -o plan.json
     """
     from toolkit.hardware import find_cluster
-    from toolkit.plan import io, library, planner, subject
+    from toolkit.plan import io, library, planner, predict, subject
+    from toolkit.timeline import files
 
     where = find_cluster(cluster)
     if strategy != planner.AUTO:
@@ -98,6 +103,8 @@ def make(
             bar.update(task, description=f"predict {strategy}")
             plan = planner.make(traced, where, strategy, **options)
     digest = io.save(plan, output)
+    if timeline is not None:
+        files.save(_timeline(predict.simulated(plan, traced, where), plan), timeline)
     facts: dict[str, Any] = {"path": str(output), "digest": digest, "plan": io.to_body(plan)}
     if outcomes:
         facts["considered"] = [
@@ -137,7 +144,7 @@ def show(path: PlanFile, cluster: Cluster = None, as_json: view.Json = False) ->
             *_summary(plan),
             _order(plan),
             "",
-            terminal.render(run.timeline(f"{plan.strategy}: one step, predicted")),
+            terminal.render(_timeline(run, plan)),
         ),
     )
 
@@ -160,7 +167,7 @@ def simulate(
 
     plan = io.load(path)
     run = _simulate(plan, cluster, quiet=as_json)
-    made = run.timeline(f"{plan.strategy}: one step, predicted")
+    made = _timeline(run, plan)
     files.save(made, output)
     facts = {
         "path": str(output),
@@ -225,6 +232,10 @@ def _simulate(plan: Plan, cluster: str | None, *, quiet: bool) -> Run:
         traced = subject.of(plan)
         subject.check_same(traced, plan)
         return predict.simulated(plan, traced, where)
+
+
+def _timeline(run: Run, plan: Plan) -> Timeline:
+    return run.timeline(f"{plan.strategy}: one step, predicted")
 
 
 def _summary(plan: Plan) -> list[Any]:

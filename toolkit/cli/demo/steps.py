@@ -78,10 +78,7 @@ def plan(setting: Setting) -> Found:
     """Trace a GPT and plan it for two ranks on this machine: every strategy is predicted."""
     made = child.toolkit(
         "plan", "make", PLANNED, "--strategy", "auto", "--cluster", "cpux2",
-        "-o", setting.path("plan.json"), threads=setting.cores,
-    )  # fmt: skip
-    child.toolkit(
-        "plan", "simulate", setting.path("plan.json"), "-o", setting.path("planned.json"),
+        "-o", setting.path("plan.json"), "--timeline", setting.path("planned.json"),
         threads=setting.cores,
     )  # fmt: skip
     prediction = made["plan"]["prediction"]
@@ -113,7 +110,7 @@ def train(setting: Setting) -> Found:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         str(recipe), "--plan", setting.path("plan.json"), "--check-parity", "1",
-        "--steps", "8" if setting.quick else "40",
+        "--steps", "6" if setting.quick else "40",
         "--timeline", setting.path("trained.json"), "--json", metrics,
     ]  # fmt: skip
     child.run(command, max(1, setting.cores // 2), _TIMEOUT_S)
@@ -168,7 +165,7 @@ def trace(setting: Setting) -> Found:
 
 def build(setting: Setting) -> Found:
     """Index Python's own documentation: passages, embeddings, inverted lists."""
-    limit = "200" if setting.quick else "1500"
+    limit = "120" if setting.quick else "1500"
     found = child.toolkit(
         "rag", "build", "python-docs", "-o", setting.path("index"), "--limit", limit,
         "--threads", str(setting.cores), threads=setting.cores,
@@ -187,10 +184,10 @@ def serve_and_ask(setting: Setting) -> Found:
     arguments = ("serve", "run", SERVED, "--port", "0")
     with child.server(*arguments, threads=setting.cores) as ready:
         url = f"{ready['url']}/v1"
-        said = _chat(url, ready["model"], 24 if setting.quick else 64)
+        said = _chat(url, ready["model"], 16 if setting.quick else 64)
         answer = child.toolkit(
             "rag", "ask", setting.path("index"), QUESTION, "--url", url,
-            "--max-tokens", "48" if setting.quick else "120",
+            "--max-tokens", "32" if setting.quick else "120",
             "--timeline", setting.path("asked.json"), threads=1,
         )  # fmt: skip
         engine = _fetch(f"{ready['url']}/timeline", setting.folder / "engine.json")
