@@ -33,9 +33,9 @@ def altered(plan, change) -> dict:
         (lambda body: body.pop("mesh"), "mesh"),
         (lambda body: body["mesh"][0].update(name="expert"), "mesh.0.name"),
         (lambda body: body.update(microbatches="two"), "microbatches"),
-        (lambda body: body.update(order=[["0X1"]]), "0X1"),
+        (lambda body: body.update(order=["0X1"]), "0X1"),
         (lambda body: body.update(order=7), "order"),
-        (lambda body: body["order"].append(["1F0"]), "rows of order"),
+        (lambda body: body["order"].append("1F0"), "rows of order"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(change, named: str, tiny, two_ranks, tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_torn_edited_foreign_and_missing_files_are_refused(tiny, two_ranks, tmp_
         (whole[:200], "corrupt"),
         (whole.replace('"gpt-tiny"', '"gpt-mini"'), "digest"),
         (whole.replace("toolkit/plan", "toolkit/graph"), "not a plan file"),
-        (whole.replace('"version": 1', '"version": 9'), "version 9"),
+        (whole.replace('"version": 2', '"version": 9'), "version 9"),
     ):
         path.write_text(text)
         with pytest.raises(FormatError, match=message):

@@ -10,7 +10,7 @@ from toolkit.plan import costs, library, planner, predict, subject
 
 
 def traffic(plan) -> dict[tuple[int, str], int]:
-    return {(row.stage, row.kind): row.count for row in plan.prediction.traffic}
+    return {(row.position, row.kind): row.count for row in plan.prediction.traffic}
 
 
 def test_counts_known_from_torch_on_four_blocks(toys, two_ranks) -> None:

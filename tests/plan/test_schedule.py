@@ -8,15 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toolkit.errors import FormatError
-from toolkit.plan import chain, planner, schedule, simulate
-from toolkit.plan.plan import Action
+from toolkit.plan import chain, check, planner, simulate
+from toolkit.plan.order.action import Action
+from toolkit.plan.order.simple import one_f_one_b
 
 STAGES, MICROBATCHES = st.integers(1, 8), st.integers(1, 24)
 
 
 def equal_stages(p: int, m: int) -> simulate.Run:
     free = [0.0] * p
-    order = schedule.one_f_one_b(p, m)
+    order = one_f_one_b(p, m).rows
     return simulate.run(simulate.pipeline(order, [1.0] * p, [2.0] * p, free, free))
 
 
@@ -24,19 +25,13 @@ def equal_stages(p: int, m: int) -> simulate.Run:
 def test_bubble_of_equal_stages_and_free_communication_is_the_closed_form(p: int, m: int) -> None:
     run = equal_stages(p, m)
     assert run.step_s == 3 * (m + p - 1)
-    assert run.bubble == pytest.approx(schedule.bubble(p, m), abs=1e-12)
-
-
-@given(STAGES, MICROBATCHES)
-def test_1f1b_holds_at_most_one_microbatch_for_each_later_stage(p: int, m: int) -> None:
-    held = [schedule.alive(row) for row in schedule.one_f_one_b(p, m)]
-    assert held == [min(m, p - stage) for stage in range(p)]
+    assert run.bubble == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
 
 
 @given(st.lists(st.floats(0.01, 10), min_size=2, max_size=5), st.integers(1, 12))
 def test_the_slowest_stage_bounds_an_uneven_pipeline(seconds: list[float], m: int) -> None:
     p = len(seconds)
-    order = schedule.one_f_one_b(p, m)
+    order = one_f_one_b(p, m).rows
     run = simulate.run(simulate.pipeline(order, seconds, seconds, [0.0] * p, [0.0] * p))
     # One microbatch through everything, and the others through the slowest stage.
     assert run.step_s >= 2 * m * max(seconds) - 1e-9
@@ -54,7 +49,7 @@ def test_the_slowest_stage_bounds_an_uneven_pipeline(seconds: list[float], m: in
 def test_simulation_runs_one_task_a_stream_and_nothing_before_what_it_needs(
     forward: list[float], backward: list[float], send: list[float], m: int
 ) -> None:
-    tasks = simulate.pipeline(schedule.one_f_one_b(4, m), forward, backward, send, send)
+    tasks = simulate.pipeline(one_f_one_b(4, m).rows, forward, backward, send, send)
     run = simulate.run(tasks)
     assert len(run.tasks) == len(tasks)
     ended = {task.name: end_s for task, _, end_s in run.tasks}
@@ -67,24 +62,24 @@ def test_simulation_runs_one_task_a_stream_and_nothing_before_what_it_needs(
 
 
 def test_communication_delays_a_pipeline() -> None:
-    order = schedule.one_f_one_b(2, 4)
+    order = one_f_one_b(2, 4).rows
     slow = simulate.run(simulate.pipeline(order, [1, 1], [2, 2], [0.5, 0], [0, 0.5]))
     assert slow.step_s > equal_stages(2, 4).step_s
-    assert slow.bubble > schedule.bubble(2, 4)
+    assert slow.bubble > 1 / 5
 
 
 def test_an_order_that_deadlocks_is_refused_with_the_action(tiny, two_ranks) -> None:
     plan = planner.make(tiny, two_ranks, "1f1b", microbatches=2)
     first, last = plan.order
     swapped = (Action(0, "B", 0), *(action for action in first if action != Action(0, "B", 0)))
-    with pytest.raises(FormatError, match="0B0 waits for 0F0, 1B0"):
-        schedule.check(replace(plan, order=(swapped, last)))
+    with pytest.raises(FormatError, match="0B0 waits for 1B0 waits for 1F0 waits for 0F0"):
+        check.check(replace(plan, order=(swapped, last)))
 
 
 def test_an_order_that_forgets_a_backward_is_refused(tiny, two_ranks) -> None:
     plan = planner.make(tiny, two_ranks, "1f1b", microbatches=2)
     with pytest.raises(FormatError, match="missing: 1B1"):
-        schedule.check(replace(plan, order=(plan.order[0], plan.order[1][:-1])))
+        check.check(replace(plan, order=(plan.order[0], plan.order[1][:-1])))
 
 
 def test_tasks_that_wait_for_each_other_are_named() -> None:

@@ -249,7 +249,7 @@ def _summary(plan: Plan) -> list[Any]:
         ["microbatches", f"{plan.microbatches} of {plan.microbatch}"],
         ["placements", _placements(plan)],
         ["stages", _stages(plan)],
-        ["recompute", "every block" if plan.recompute else "nothing"],
+        ["recompute", f"{len(plan.recompute)} blocks" if plan.recompute else "nothing"],
     ]
     shown: list[Any] = [view.table(f"Plan: {plan.strategy}", ["what", "value"], rows)]
     if prediction is None:
@@ -269,7 +269,7 @@ def _summary(plan: Plan) -> list[Any]:
     fullest = totals.index(max(totals))
     memory = [[name, format_bytes(size)] for name, size in prediction.memory_bytes[fullest].items()]
     traffic = [
-        [row.stage, row.kind, format_count(row.count), format_bytes(row.num_bytes)]
+        [row.position, row.kind, format_count(row.count), format_bytes(row.num_bytes)]
         for row in prediction.traffic
     ]
     return [
@@ -342,7 +342,7 @@ def _verified(report: Report) -> Any:
     for row in report.traffic:
         rows.append(
             [
-                f"stage {row.stage}: {row.kind}, calls and bytes",
+                f"position {row.position}: {row.kind}, calls and bytes",
                 f"{row.counted[0]}, {row.counted[1]:,}",
                 f"{row.predicted[0]}, {row.predicted[1]:,}",
                 _mark(row.holds),

@@ -95,7 +95,8 @@ class Costs:
                 forward.append(Step(running_s, self._reduce_s(region.output)))
                 running_s = 0.0
         forward.append(Step(running_s))
-        recompute = self.plan.recompute and (segment.path is not None or len(self.plan.stages) > 1)
+        whole_stage = bool(self.plan.recompute) and len(self.plan.stages) > 1
+        recompute = whole_stage or segment.path in self.plan.recompute
         again = self._again(forward) if recompute else []
         return Piece(segment.path, tuple(forward), (*again, *self._backward(rank, segment.ops)))
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from toolkit.plan import chain, simulate, traffic
 from toolkit.plan.costs import Costs, Piece, Step
-from toolkit.plan.plan import Action, Plan
+from toolkit.plan.order.action import Action
+from toolkit.plan.plan import Plan
 from toolkit.plan.simulate import Task
 
 _ROOT = ""

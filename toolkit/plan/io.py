@@ -1,4 +1,4 @@
-"""plan.json: a plan as a record (kind "plan", version 1), checked when it is read."""
+"""plan.json: a plan as a record (kind "plan", version 2), checked when it is read."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 
 from toolkit import record
 from toolkit.errors import FormatError
-from toolkit.plan import schedule
-from toolkit.plan.plan import Action, Plan
+from toolkit.plan import check
+from toolkit.plan.order.action import Action
+from toolkit.plan.plan import Plan
 
-KIND, VERSION = "plan", 1
+KIND, VERSION = "plan", 2
 
 
 def to_body(plan: Plan) -> dict[str, Any]:
-    """Return the plan as a JSON value; actions take their short form (`0F3`)."""
+    """Return the plan as a JSON value; a row of actions is one text (`0F0 0B0`)."""
     body = dataclasses.asdict(dataclasses.replace(plan, order=()))
-    body["order"] = [[str(action) for action in row] for row in plan.order]
+    body["order"] = [" ".join(map(str, row)) for row in plan.order]
     return body
 
 
@@ -43,8 +44,10 @@ def from_body(body: Any, *, where: str) -> Plan:
     if not isinstance(body, dict):
         raise FormatError(f"{where}: the plan is not a JSON object")
     try:
-        order = tuple(tuple(Action.parse(text) for text in row) for row in body.get("order", ()))
-    except (TypeError, ValueError) as error:
+        order = tuple(
+            tuple(Action.parse(text) for text in row.split()) for row in body.get("order", ())
+        )
+    except (TypeError, AttributeError, FormatError) as error:
         raise FormatError(f"{where}: order: {error}") from error
     text = json.dumps({**body, "order": []})
     try:
@@ -56,5 +59,5 @@ def from_body(body: Any, *, where: str) -> Plan:
             f"{where}: {key}: {first['msg']}", remedy="write it again with `toolkit plan make`"
         ) from error
     plan = dataclasses.replace(plan, order=order)
-    schedule.check(plan, where=where)
+    check.check(plan, where=where)
     return plan

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from toolkit.cost.memory import Ledger
 from toolkit.hardware import Cluster
 from toolkit.ir import backward
 from toolkit.ir.graph import OpGraph, Tensor
-from toolkit.plan import chain, costs, schedule, traffic
+from toolkit.plan import chain, costs, traffic
+from toolkit.plan.order.action import Action
 from toolkit.plan.plan import Plan
 
 # PyTorch's AdamW keeps two moments in the parameter's own type.
@@ -41,7 +44,7 @@ def _ledger(
         traffic.padded_bytes(tensor, size) // size if sharded else tensor.num_bytes
         for tensor in parameters
     )
-    alive = schedule.alive(plan.order[stage])
+    alive = _alive(plan.order[stage])
     ledger = (
         Ledger()
         .add("parameters", "parameters", held)
@@ -66,7 +69,9 @@ def _activations(
     again = 0
     for segment in segments:
         own = sum(saved.get(op.name, 0) for op in segment.ops)
-        recomputed = plan.recompute and (segment.path is not None or len(plan.stages) > 1)
+        recomputed = segment.path in plan.recompute or (
+            bool(plan.recompute) and len(plan.stages) > 1
+        )
         if recomputed:
             again = max(again, own) if len(plan.stages) == 1 else again + own
             own = _entering(local, segment)
@@ -101,3 +106,12 @@ def _communication(plan: Plan, local: OpGraph, stage: int, ledger: Ledger) -> Le
             size = sum(tensor.num_bytes for tensor in chain.crossing(local, begins))
             ledger = ledger.add("received", "communication", size * plan.microbatches)
     return ledger
+
+
+def _alive(row: Sequence[Action]) -> int:
+    """The most microbatches whose activations a row of one stage holds at once."""
+    held = peak = 0
+    for action in row:
+        held += {"F": 1, "B": -1}.get(action.kind, 0)
+        peak = max(peak, held)
+    return peak

@@ -1,26 +1,33 @@
 """Plan: how one training step of a model is divided over devices. Data only; no torch here.
 
-A plan answers the paper's three questions by module path: how each module is *transformed*
-(`placements`), where each part runs (`mesh`, `stages`) and in which *order* (`order`). How the
-pieces exchange data follows from those and is not written down.
+A plan answers the paper's three questions by module path: how each part is *transformed*
+(`placements` of modules, `splits` of operators), where it runs (`mesh`, `stages`) and in which
+*order* (`order`). How the pieces exchange data follows from those and is not written down.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-AxisName = Literal["data", "tensor", "pipeline"]
+from toolkit.plan.order.action import Rows
+from toolkit.plan.order.pipeline import Order
+
+AxisName = Literal["pipeline", "data", "context", "tensor"]
 How = Literal[
-    "replicate",  # every rank holds the whole parameter; gradients are averaged (data parallel)
-    "shard",  # each rank keeps 1/n of every parameter and gathers it to compute (FSDP2, ZeRO-3)
-    "column",  # a Linear's output features are split
-    "row",  # a Linear's input features are split; its output is a partial sum
+    # How a module's parameters lie over the data axis:
+    "replicate",  # whole on every rank; gradients are all-reduced (data parallel)
+    "shard_optimizer",  # whole, but each rank updates 1/n of them (ZeRO-1)
+    "shard_gradients",  # as before, and each rank keeps 1/n of the gradients (ZeRO-2)
+    "shard",  # each rank keeps 1/n of everything and gathers a unit to compute (FSDP2, ZeRO-3)
+    # How a module is split over the tensor axis:
+    "column",  # a Linear's output features
+    "row",  # a Linear's input features; its output is a partial sum
+    "sequence",  # tokens of the activations between split Linears (Megatron's sequence parallel)
 ]
-ActionKind = Literal["F", "B"]
+DATA_WAYS: tuple[How, ...] = ("replicate", "shard_optimizer", "shard_gradients", "shard")
 
 # Unknown keys in a file are errors (read by pydantic in io.py).
 _STRICT = {"extra": "forbid"}
@@ -28,7 +35,10 @@ _STRICT = {"extra": "forbid"}
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the device mesh. Ranks are numbered row-major: the last axis varies fastest."""
+    """One axis of the device mesh. Ranks are numbered row-major: the last axis varies fastest.
+
+    Every rank along `data` runs the same program on its part of the batch.
+    """
 
     __pydantic_config__ = _STRICT
     name: AxisName
@@ -39,7 +49,7 @@ class Axis:
 class Placement:
     """How the module at path `module` lies over the mesh axis `axis`. "" is the whole model.
 
-    `replicate` and `shard` mark a unit: the module's parameters, less those of units inside it,
+    The ways of the data axis mark a unit: the module's parameters, less those of units inside it,
     are reduced (or gathered) together.
     """
 
@@ -50,38 +60,35 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Split:
+    """op-trans by path: every operator `ops` matches is split along `dim` of its annotation.
+
+    Patterns are those of `program.select` (`"blocks.*.ffn.up"`). Over a mesh axis each rank runs
+    one part. With `axis` None the parts are co-shards: `parts` of them on the same device, one
+    after another, recomputed in backward. Operators that no split names are replicated.
+    """
+
+    __pydantic_config__ = _STRICT
+    ops: str
+    dim: str
+    axis: AxisName | None
+    parts: int = 0
+
+
+@dataclass(frozen=True)
 class Stage:
     """A stretch of the model that runs in one place: from the first operator of the module
     `begins_at` (None: from the model's start) to the next stage's beginning.
+
+    `devices` are positions along the pipeline axis: several where all of them hold the stage and
+    its operators are split over them. A `no_grad` stage has forwards only.
     """
 
     __pydantic_config__ = _STRICT
     begins_at: str | None
     blocks: tuple[str, ...]
-
-
-@dataclass(frozen=True, order=True)
-class Action:
-    """One step of a schedule: forward (F) or backward (B) of a microbatch through a stage.
-
-    >>> str(Action(1, "F", 3)), Action.parse("0B12")
-    ('1F3', Action(stage=0, kind='B', microbatch=12))
-    """
-
-    stage: int
-    kind: ActionKind
-    microbatch: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}{self.kind}{self.microbatch}"
-
-    @staticmethod
-    def parse(text: str) -> Action:
-        """Read the form `<stage><F|B><microbatch>`. Raises ValueError when it is none."""
-        found = re.fullmatch(r"(\d+)([FB])(\d+)", text)
-        if found is None:
-            raise ValueError(f"{text!r} is not <stage><F|B><microbatch>, such as 0F3")
-        return Action(int(found[1]), "F" if found[2] == "F" else "B", int(found[3]))
+    devices: tuple[int, ...] = (0,)
+    no_grad: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,14 +107,14 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one rank of a stage communicates in one step.
+    """What a rank at `position` of the pipeline axis communicates in one step.
 
     `num_bytes` is summed over the calls; a collective counts its full (unsharded) tensor, a send
     or receive its message.
     """
 
     __pydantic_config__ = _STRICT
-    stage: int
+    position: int
     kind: str
     count: int
     num_bytes: int
@@ -118,8 +125,8 @@ class Prediction:
     """What the cost model and the simulation say of one step. Nothing here was measured.
 
     `mfu` is model FLOPs / (step time x devices x peak); `bubble` the share of the schedule in
-    which the average device computes nothing; `memory_bytes` holds, for each stage's rank, bytes
-    by category at the peak.
+    which the average device computes nothing; `memory_bytes` holds, for a rank at each position of
+    the pipeline axis, bytes by category at the peak.
     """
 
     __pydantic_config__ = _STRICT
@@ -143,7 +150,12 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole plan. `order` holds one row of actions per stage, in the order they are run."""
+    """A whole plan.
+
+    `order` holds a row of actions for each position of the pipeline axis, in the order they are
+    run; `schedule` names the family it is of (order/families.py), or is "custom". Modules in
+    `recompute` keep only their inputs in forward, and run again in backward.
+    """
 
     __pydantic_config__ = _STRICT
     strategy: str
@@ -152,8 +164,10 @@ class Plan:
     placements: tuple[Placement, ...]
     stages: tuple[Stage, ...]
     microbatches: int
-    order: tuple[tuple[Action, ...], ...]
-    recompute: bool = False
+    schedule: str
+    order: Rows
+    splits: tuple[Split, ...] = ()
+    recompute: tuple[str, ...] = ()
     seed: int = 0
     prediction: Prediction | None = None
 
@@ -165,9 +179,39 @@ class Plan:
         """Return how many ranks lie along `axis`; 1 when the mesh has no such axis."""
         return next((found.size for found in self.mesh if found.name == axis), 1)
 
+    def stride(self, axis: AxisName) -> int:
+        """Return how far apart neighbours along `axis` are in the numbering of ranks."""
+        names = [found.name for found in self.mesh]
+        inner = self.mesh[names.index(axis) + 1 :] if axis in names else ()
+        return math.prod(found.size for found in inner)
+
+    def along(self, axis: AxisName, rank: int = 0) -> tuple[int, ...]:
+        """Return the ranks that differ from `rank` along `axis` alone, itself included.
+
+        A pipeline's stage s is at position s of the ranks along it.
+        """
+        size, stride = self.size(axis), self.stride(axis)
+        first = rank - rank // stride % size * stride
+        return tuple(first + place * stride for place in range(size))
+
     def placed(self, how: How) -> tuple[str, ...]:
         """Return the paths of the modules placed `how`, in model order."""
         return tuple(entry.module for entry in self.placements if entry.how == how)
+
+    @property
+    def table(self) -> Order:
+        """The order with where its stages run, as `order/` takes it."""
+        return Order(
+            name=self.schedule,
+            placement=tuple(stage.devices for stage in self.stages),
+            num_microbatches=self.microbatches,
+            rows=self.order,
+            no_grad=frozenset(i for i, stage in enumerate(self.stages) if stage.no_grad),
+        )
+
+    def held_stages(self, position: int) -> tuple[int, ...]:
+        """Return the stages at a position of the pipeline axis."""
+        return tuple(i for i, stage in enumerate(self.stages) if position in stage.devices)
 
     @property
     def rank_batch(self) -> int:

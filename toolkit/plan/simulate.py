@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from toolkit.plan.plan import Action
-from toolkit.plan.schedule import needs
+from toolkit.plan.order.action import Action
+from toolkit.plan.order.pipeline import needs
 from toolkit.timeline import Span, Timeline
 
 Stream = Literal["compute", "network"]
@@ -108,12 +108,13 @@ def pipeline(
     send its input's gradient back; 0 where there is nothing to send.
     """
     last = len(order) - 1
+    present = dict.fromkeys(action for row in order for action in row)
     tasks = []
     for stage, row in enumerate(order):
         for action in row:
             forward = action.kind == "F"
             sources = []
-            for source in needs(action, len(order)):
+            for source in needs(action, len(order), frozenset(), present):
                 sources.append(str(source) if source.stage == stage else f"send {source}")
             seconds = (forward_s if forward else backward_s)[stage]
             group = "forward" if forward else "backward"

@@ -26,7 +26,7 @@ _WARM_UP_STEPS = 1
 class TrafficRow:
     """One kind of communication of one stage's rank: (count, bytes) predicted and counted."""
 
-    stage: int
+    position: int
     kind: str
     predicted: tuple[int, int]
     counted: tuple[int, int]
@@ -83,7 +83,7 @@ def to_json(report: Report) -> dict[str, Any]:
 
 def _from_json(entry: dict[str, Any]) -> Report:
     rows = tuple(
-        TrafficRow(row["stage"], row["kind"], tuple(row["predicted"]), tuple(row["counted"]))
+        TrafficRow(row["position"], row["kind"], tuple(row["predicted"]), tuple(row["counted"]))
         for row in entry["traffic"]
     )
     found = {**entry["parity"], "missing": tuple(entry["parity"]["missing"])}
@@ -94,7 +94,7 @@ def compare_traffic(
     predicted: Sequence[Traffic], counted: Sequence[dict[str, tuple[int, int]]]
 ) -> tuple[TrafficRow, ...]:
     """Join what was predicted for each stage with what its rank counted; absent means none."""
-    expected = {(entry.stage, entry.kind): (entry.count, entry.num_bytes) for entry in predicted}
+    expected = {(entry.position, entry.kind): (entry.count, entry.num_bytes) for entry in predicted}
     found = {
         (stage, kind): (calls[0], calls[1])
         for stage, calls_by_kind in enumerate(counted)
@@ -134,7 +134,7 @@ def run_rank(plan: Plan, here: Any, dtype: str) -> Report:
     assert plan.prediction is not None
     scale = torch_dtype.itemsize // getattr(torch, plan.provenance.dtype).itemsize
     predicted = [
-        Traffic(row.stage, row.kind, row.count, row.num_bytes * scale)
+        Traffic(row.position, row.kind, row.count, row.num_bytes * scale)
         for row in plan.prediction.traffic
     ]
     return Report(

@@ -8,7 +8,7 @@ order       one stage: F B F B ... over the microbatches; reductions overlap the
 from __future__ import annotations
 
 from toolkit.hardware import Cluster
-from toolkit.plan import schedule
+from toolkit.plan.order.simple import one_f_one_b
 from toolkit.plan.plan import Axis, Placement, Plan, Stage
 from toolkit.plan.subject import Subject
 
@@ -35,6 +35,7 @@ def plan(
         placements=tuple(Placement(path, "data", "replicate") for path in (*subject.blocks, "")),
         stages=(Stage(None, subject.blocks),),
         microbatches=count,
-        order=schedule.accumulate(count),
-        recompute=recompute,
+        schedule="1f1b",
+        order=one_f_one_b(1, count).rows,
+        recompute=subject.blocks if recompute else (),
     )

@@ -10,7 +10,8 @@ Which Linears those are is read off the graph (transform.py); embeddings and the
 from __future__ import annotations
 
 from toolkit.hardware import Cluster
-from toolkit.plan import chain, schedule, transform
+from toolkit.plan import chain, transform
+from toolkit.plan.order.simple import one_f_one_b
 from toolkit.plan.plan import Axis, Placement, Plan, Stage
 from toolkit.plan.subject import Subject
 
@@ -41,6 +42,7 @@ def plan(
         placements=tuple(placements),
         stages=(Stage(None, subject.blocks),),
         microbatches=count,
-        order=schedule.accumulate(count),
-        recompute=recompute,
+        schedule="1f1b",
+        order=one_f_one_b(1, count).rows,
+        recompute=subject.blocks if recompute else (),
     )

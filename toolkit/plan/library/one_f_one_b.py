@@ -13,7 +13,8 @@ from toolkit.errors import InfeasibleError
 from toolkit.hardware import Cluster
 from toolkit.ir import backward, formulas
 from toolkit.ir.graph import OpGraph
-from toolkit.plan import chain, schedule
+from toolkit.plan import chain
+from toolkit.plan.order import simple
 from toolkit.plan.plan import Axis, Plan, Stage
 from toolkit.plan.subject import Subject
 
@@ -49,8 +50,9 @@ def plan(
         placements=(),
         stages=stages(micro, subject.blocks, size, cluster),
         microbatches=count,
-        order=schedule.one_f_one_b(size, count),
-        recompute=recompute,
+        schedule="1f1b",
+        order=simple.one_f_one_b(size, count).rows,
+        recompute=subject.blocks if recompute else (),
     )
 
 
@@ -78,8 +80,8 @@ def stages(
     starts = chain.partition(seconds, num_stages)
     ends = (*starts[1:], len(blocks))
     return tuple(
-        Stage(blocks[start] if start else None, blocks[start:end])
-        for start, end in zip(starts, ends, strict=True)
+        Stage(blocks[start] if start else None, blocks[start:end], (place,))
+        for place, (start, end) in enumerate(zip(starts, ends, strict=True))
     )
 
 

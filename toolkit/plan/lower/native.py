@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from toolkit.errors import UsageError
-from toolkit.plan import schedule
 from toolkit.plan.lower import data, pipeline, stages, tensor
 from toolkit.plan.lower.recorder import Recorder
+from toolkit.plan.order import simple
 from toolkit.plan.plan import Plan
 
 # One batch by input name; the samples lie along dim 0.
@@ -189,7 +189,7 @@ class Pipeline(Lowered):
         example: Batch,
     ) -> None:
         super().__init__(plan, recorder)
-        if plan.order != schedule.one_f_one_b(len(plan.stages), plan.microbatches):
+        if plan.order != simple.one_f_one_b(len(plan.stages), plan.microbatches).rows:
             raise UsageError(
                 "only the 1F1B order is lowered so far; this plan's order table differs",
                 remedy="make the plan again with --strategy 1f1b",
@@ -205,7 +205,7 @@ class Pipeline(Lowered):
             batch=example,
             device=next(module.parameters()).device,
             group=self.group,
-            recompute=plan.recompute,
+            recompute=bool(plan.recompute),
             recorder=recorder,
         )
         held = cuts[self.index].module.parameters()
@@ -253,8 +253,8 @@ def lower(
     """
     axes = tuple(axis.name for axis in plan.mesh)
     ways = {how for how in ("replicate", "shard", "column", "row") if plan.placed(how)}
-    if plan.recompute and axes != ("pipeline",):
-        for path in plan.stages[0].blocks:
+    if axes != ("pipeline",):
+        for path in plan.recompute:
             _recompute(module.get_submodule(path))
     if axes == ("data",) and ways == {"replicate"}:
         return DataParallel(plan, module, mesh, recorder)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from toolkit.plan.lower.recorder import Recorder
 from toolkit.plan.lower.stages import StageModule
-from toolkit.plan.plan import Action
+from toolkit.plan.order.action import Action
 
 
 class TimedStage(PipelineStage):

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from toolkit.plan.plan import Action
+from toolkit.plan.order.action import Action
 from toolkit.timeline import Span
 
 GROUPS = {"F": "forward", "B": "backward"}
