@@ -15,7 +15,7 @@ from typing import Literal
 from toolkit.plan.order.action import Rows
 from toolkit.plan.order.pipeline import Order
 
-AxisName = Literal["pipeline", "data", "context", "tensor"]
+AxisName = Literal["pipeline", "replica", "data", "context", "tensor"]
 How = Literal[
     # How a module's parameters lie over the data axis:
     "replicate",  # whole on every rank; gradients are all-reduced (data parallel)
@@ -37,7 +37,8 @@ _STRICT = {"extra": "forbid"}
 class Axis:
     """One axis of the device mesh. Ranks are numbered row-major: the last axis varies fastest.
 
-    Every rank along `data` runs the same program on its part of the batch.
+    Every rank along `replica` and `data` runs the same program on its part of the batch; what is
+    sharded is sharded over `data` and replicated over `replica` (hybrid sharding).
     """
 
     __pydantic_config__ = _STRICT
@@ -214,9 +215,14 @@ class Plan:
         return tuple(i for i, stage in enumerate(self.stages) if position in stage.devices)
 
     @property
+    def num_replicas(self) -> int:
+        """Into how many parts the batch is divided: ranks along `replica` times `data`."""
+        return self.size("replica") * self.size("data")
+
+    @property
     def rank_batch(self) -> int:
         """Samples of the global batch one rank sees in a step."""
-        return self.provenance.sizes["batch"] // self.size("data")
+        return self.provenance.sizes["batch"] // self.num_replicas
 
     @property
     def microbatch(self) -> int:
