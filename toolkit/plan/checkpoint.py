@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from toolkit import record
 from toolkit.errors import UsageError
-from toolkit.plan.lower.native import Lowered
+from toolkit.plan.lower.lowered import Lowered
 
 _KIND, _VERSION = "training-checkpoint", 1
 _MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from toolkit.errors import UsageError
 from toolkit.plan import runtime
-from toolkit.plan.lower.native import Batch, Lowered, loss_of
+from toolkit.plan.lower.lowered import Batch, Lowered, loss_of
 from toolkit.plan.plan import Plan
 from toolkit.plan.runtime import Session
 

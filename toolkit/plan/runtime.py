@@ -23,7 +23,7 @@ from toolkit.errors import UsageError
 from toolkit.hardware.affinity import usable_cores
 from toolkit.plan import text
 from toolkit.plan.lower import compat, native
-from toolkit.plan.lower.native import Batch, Lowered
+from toolkit.plan.lower.lowered import Batch, Lowered
 from toolkit.plan.lower.recorder import Recorder
 from toolkit.plan.plan import Plan
 from toolkit.timeline import Timeline

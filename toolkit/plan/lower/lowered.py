@@ -1,0 +1,80 @@
+"""What a lowered plan is, whatever the rung: what one rank holds, and one step of it.
+
+All of them take the *global* batch and pick their own part of it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from toolkit.errors import UsageError
+from toolkit.plan.lower.recorder import Recorder
+from toolkit.plan.plan import Plan
+
+# One batch by input name; the samples lie along dim 0.
+Batch = Mapping[str, Tensor]
+
+
+class Lowered(ABC):
+    """What one rank holds and runs.
+
+    `parameters` go by their path in the whole model; a split one is a DTensor.
+    """
+
+    rung: str
+    parameters: dict[str, nn.Parameter]
+
+    def __init__(self, plan: Plan, recorder: Recorder) -> None:
+        self.plan = plan
+        self.recorder = recorder
+
+    @abstractmethod
+    def step(self, batch: Batch) -> Tensor | None:
+        """Run forward and backward of one global batch; gradients are complete afterwards.
+
+        Returns the mean loss of the samples this rank saw, or None when it saw no loss.
+        """
+
+    @abstractmethod
+    def global_loss(self, loss: Tensor | None) -> float:
+        """Return the mean loss of the global batch on every rank. All ranks must call this."""
+
+    def zero_gradients(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (path, whole parameter) of what this rank holds. All ranks must run through it."""
+        for name, parameter in self.parameters.items():
+            yield name, _whole(parameter.detach())
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (path, whole gradient) of what this rank holds. All ranks must run through it."""
+        for name, parameter in self.parameters.items():
+            if parameter.requires_grad:
+                found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                yield name, _whole(found)
+
+
+def loss_of(output: Any) -> Tensor:
+    """Return the scalar loss a model returned: itself, or a transformers output's `loss`.
+
+    Raises UsageError when the model returned none.
+    """
+    found = getattr(output, "loss", output)
+    if not isinstance(found, Tensor) or found.numel() != 1:
+        raise UsageError(
+            f"the model returned {type(output).__name__}, not a scalar loss",
+            remedy="plan a model whose forward takes its targets and returns the mean loss",
+        )
+    return found
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
