@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from toolkit.cli.plan import app
 from toolkit.errors import InfeasibleError, UsageError
+from toolkit.plan import library
 from toolkit.timeline import files
 
 MAKE = ["make", "gpt-tiny", "--tokens", "32", "--cluster", "cpux2"]
@@ -40,9 +41,10 @@ def test_make_show_simulate(tmp_path: Path) -> None:
 def test_auto_prints_what_it_considered(tmp_path: Path) -> None:
     made = run(*MAKE, "-o", tmp_path / "plan.json", "--json")
     facts = json.loads(made.output)
-    assert [entry["strategy"] for entry in facts["considered"]] == ["dp", "fsdp", "tp", "1f1b"]
-    fastest = min(facts["considered"], key=lambda entry: entry["step_s"])
-    assert facts["plan"]["strategy"] == fastest["strategy"]
+    others = {entry["description"]: entry["step_s"] for entry in facts["plan"]["considered"]}
+    assert {facts["plan"]["strategy"], *others} == set(library.STRATEGIES)
+    fastest = facts["plan"]["prediction"]["step_s"]
+    assert all(fastest <= step_s for step_s in others.values() if step_s)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ class Ledger:
             return
         category, entry = self.binding()
         share = self.category_bytes(category)
-        largest = f", most of it {entry.name}" if entry else ""
+        largest = f", most of it {entry.name}" if entry and entry.name != category else ""
         raise InfeasibleError(
             f"{where} needs {format_bytes(self.peak_bytes)} and has {format_bytes(limit_bytes)}; "
             f"{category} take {format_bytes(share)}{largest}",

@@ -150,12 +150,28 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """A plan that was considered and not taken: its predicted step and fullest rank, and why not.
+
+    `reason` is empty for one that fits and is only slower; `step_s` and `peak_bytes` are None where
+    the plan could not be made at all.
+    """
+
+    __pydantic_config__ = _STRICT
+    description: str
+    step_s: float | None
+    peak_bytes: int | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Plan:
     """A whole plan.
 
     `order` holds a row of actions for each position of the pipeline axis, in the order they are
     run; `schedule` names the family it is of (order/families.py), or is "custom". Modules in
-    `recompute` keep only their inputs in forward, and run again in backward.
+    `recompute` keep only their inputs in forward, and run again in backward. `considered` is what
+    else was weighed when it was made.
     """
 
     __pydantic_config__ = _STRICT
@@ -171,6 +187,7 @@ class Plan:
     recompute: tuple[str, ...] = ()
     seed: int = 0
     prediction: Prediction | None = None
+    considered: tuple[Alternative, ...] = ()
 
     @property
     def num_ranks(self) -> int:

@@ -6,29 +6,18 @@ for each strategy: write its plan -> predict it -> does it fit?  keep the fastes
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 from toolkit.cost.calibration import Calibration
+from toolkit.cost.memory import Ledger
 from toolkit.errors import InfeasibleError
 from toolkit.hardware import Cluster
-from toolkit.plan import library, memory, predict
-from toolkit.plan.plan import Plan
+from toolkit.plan import library, predict
+from toolkit.plan.plan import Alternative, Plan
 from toolkit.plan.subject import Subject
 
 AUTO = "auto"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one strategy: a plan with its prediction, or why there is none."""
-
-    strategy: str
-    plan: Plan | None
-    reason: str = ""
-
-    @property
-    def step_s(self) -> float | None:
-        return self.plan.prediction.step_s if self.plan and self.plan.prediction else None
 
 
 def make(
@@ -41,23 +30,29 @@ def make(
     recompute: bool = False,
     memory_limit_bytes: int | None = None,
     calibration: Calibration | None = None,
+    **degrees: int | None,
 ) -> Plan:
     """Return the plan of one strategy, predicted on `cluster`.
 
-    Raises UsageError for an unknown strategy, and InfeasibleError with the numbers when it cannot
-    be made or needs more memory than a device has (or `memory_limit_bytes`, when less).
+    `degrees` are what only some strategies take (`data=2` beside a pipeline). Raises UsageError
+    for an unknown strategy, and InfeasibleError with the numbers when it cannot be made or needs
+    more memory than a device has (or `memory_limit_bytes`, when less).
     """
     predict.check_fits(num_ranks or 1, cluster)
-    made = library.find(strategy)(
-        subject, cluster, num_ranks=num_ranks, microbatches=microbatches, recompute=recompute
+    options: dict[str, Any] = {
+        "num_ranks": num_ranks,
+        "microbatches": microbatches,
+        "recompute": recompute,
+        **{name: degree for name, degree in degrees.items() if degree is not None},
+    }
+    plan = _predicted(
+        library.find(strategy)(subject, cluster, **options),
+        subject,
+        cluster,
+        memory_limit_bytes,
+        calibration,
     )
-    plan = predict.predict(made, subject, cluster, calibration=calibration)
-    assert plan.prediction is not None
-    limit = min(plan.prediction.memory_limit_bytes, memory_limit_bytes or 2**63)
-    plan = replace(plan, prediction=replace(plan.prediction, memory_limit_bytes=limit))
-    _, local, _ = predict.shapes(plan, subject)
-    for stage, ledger in enumerate(memory.ledgers(plan, local, cluster)):
-        ledger.check(limit, where=f"a rank of stage {stage} under {strategy}")
+    check_memory(plan)
     return plan
 
 
@@ -71,30 +66,67 @@ def choose(
     memory_limit_bytes: int | None = None,
     calibration: Calibration | None = None,
     progress: Callable[[str], None] = lambda strategy: None,
-) -> tuple[Plan, tuple[Outcome, ...]]:
-    """Return the plan with the shortest predicted step, and what became of every strategy.
+) -> Plan:
+    """Return the library's plan with the shortest predicted step; it names all the others.
 
     Raises InfeasibleError with all reasons when none can be made.
     """
-    outcomes = []
-    for strategy in library.STRATEGIES:
+    predict.check_fits(num_ranks or 1, cluster)
+    plans: list[Plan] = []
+    others: list[Alternative] = []
+    for strategy, write in library.STRATEGIES.items():
         progress(strategy)
         try:
-            plan = make(
-                subject, cluster, strategy,
+            made = write(
+                subject, cluster,
                 num_ranks=num_ranks, microbatches=microbatches, recompute=recompute,
-                memory_limit_bytes=memory_limit_bytes, calibration=calibration,
             )  # fmt: skip
+            plan = _predicted(made, subject, cluster, memory_limit_bytes, calibration)
         except InfeasibleError as error:
-            outcomes.append(Outcome(strategy, None, str(error)))
+            others.append(Alternative(strategy, None, None, str(error)))
+            continue
+        try:
+            check_memory(plan)
+        except InfeasibleError as error:
+            others.append(as_alternative(plan, str(error)))
         else:
-            outcomes.append(Outcome(strategy, plan))
-    plans = [outcome.plan for outcome in outcomes if outcome.plan]
+            plans.append(plan)
     if not plans:
-        reasons = "; ".join(f"{outcome.strategy}: {outcome.reason}" for outcome in outcomes)
+        reasons = "; ".join(f"{other.description}: {other.reason}" for other in others)
         raise InfeasibleError(
             f"no strategy fits {subject.model} on {cluster.name}: {reasons}",
             remedy="use a larger cluster, a smaller batch, or --recompute",
         )
-    best = min(plans, key=lambda plan: plan.prediction.step_s if plan.prediction else 0.0)
-    return best, tuple(outcomes)
+    plans.sort(key=lambda plan: plan.prediction.step_s if plan.prediction else 0.0)
+    best, *slower = plans
+    return replace(best, considered=(*map(as_alternative, slower), *others))
+
+
+def as_alternative(plan: Plan, reason: str = "") -> Alternative:
+    """Return a predicted plan as what was considered beside another."""
+    assert plan.prediction is not None
+    return Alternative(plan.strategy, plan.prediction.step_s, plan.prediction.peak_bytes, reason)
+
+
+def check_memory(plan: Plan) -> None:
+    """Raise InfeasibleError with the numbers when a rank holds more than its limit."""
+    assert plan.prediction is not None
+    for position, entries in enumerate(plan.prediction.memory_bytes):
+        ledger = Ledger()
+        for name, num_bytes in entries.items():
+            ledger = ledger.add(name, name, num_bytes)  # type: ignore[arg-type]
+        where = f"a rank at position {position} under {plan.strategy}"
+        ledger.check(plan.prediction.memory_limit_bytes, where=where)
+
+
+def _predicted(
+    plan: Plan,
+    subject: Subject,
+    cluster: Cluster,
+    memory_limit_bytes: int | None,
+    calibration: Calibration | None,
+) -> Plan:
+    found = predict.predict(plan, subject, cluster, calibration=calibration)
+    assert found.prediction is not None
+    limit = min(found.prediction.memory_limit_bytes, memory_limit_bytes or 2**63)
+    return replace(found, prediction=replace(found.prediction, memory_limit_bytes=limit))

@@ -81,18 +81,22 @@ def plan(setting: Setting) -> Found:
         "-o", setting.path("plan.json"), "--timeline", setting.path("planned.json"),
         threads=setting.cores,
     )  # fmt: skip
-    prediction = made["plan"]["prediction"]
+    planned = made["plan"]
+    prediction = planned["prediction"]
+    chosen = {"description": planned["strategy"], "step_s": prediction["step_s"], "reason": ""}
+    considered = [chosen, *planned["considered"]]
     rows = tuple(
         Row(
             "plan",
-            f"{PLANNED} by {entry['strategy']}, a step",
-            predicted=format_seconds(entry["step_s"]) if entry["step_s"] else entry["reason"],
+            f"{PLANNED} by {entry['description']}, a step",
+            predicted=format_seconds(entry["step_s"]),
         )
-        for entry in made["considered"]
+        for entry in considered
+        if entry["step_s"]
     )
     facts = {
-        "strategy": made["plan"]["strategy"],
-        "considered": made["considered"],
+        "strategy": planned["strategy"],
+        "considered": considered,
         "prediction": prediction,
     }
     return Found(rows, facts=facts)

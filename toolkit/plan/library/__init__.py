@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 
 from toolkit.errors import unknown_name
@@ -22,3 +23,9 @@ def find(strategy: str) -> Callable[..., Plan]:
     if strategy not in STRATEGIES:
         raise unknown_name("strategy", strategy, STRATEGIES)
     return STRATEGIES[strategy]
+
+
+def describe(strategy: str) -> str:
+    """Return what a strategy does, in the words its file begins with."""
+    text = sys.modules[find(strategy).__module__].__doc__ or ""
+    return text.partition("\n")[0]

@@ -1,0 +1,325 @@
+#!/usr/bin/env python
+"""A searched plan against what one would write by hand, measured on this machine's ranks.
+
+    python recipes/bench/plan_against.py --model gpt --rounds 5 -o against-gpt.json
+
+Contenders: accelerate with DDP; FSDP2 by hand; torch's 1F1B by hand; and the plan that
+`toolkit plan search` finds under the same memory cap. Every hand-written one is tuned first: over
+gradient accumulation, microbatches and recomputation, its fastest variant within the cap. All train
+the same model from the same weights on the same batch with AdamW in float32, and each run is a
+fresh pair of processes. Rounds alternate the order; what is compared is the ratio within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from toolkit import record
+from toolkit.errors import ToolkitError
+from toolkit.plan import io, launch, runtime
+from toolkit.plan.lower.lowered import loss_of
+from toolkit.plan.plan import Plan
+from toolkit.units import format_bytes, format_seconds, parse_bytes
+
+_HERE = Path(__file__).resolve().parent
+_WARM_UP, _STEPS = 2, 5
+_RANKS = 2
+console = Console(stderr=True, highlight=False)
+
+Step = Callable[[], None]
+
+
+# What a rank runs -----------------------------------------------------------------------------
+
+
+def rank_main(contender: str, plan_path: str, out: str) -> None:
+    """Measure one contender on this rank; rank 0 writes what was found."""
+    plan = io.load(Path(plan_path))
+    with runtime.session() as here:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        name, _, option = contender.partition(":")
+        step = _MAKERS[name](plan, here, **json.loads(option or "{}"))
+        seconds = []
+        for index in range(_WARM_UP + _STEPS):
+            dist.barrier()
+            started_s = time.perf_counter()
+            step()
+            dist.barrier()
+            if index >= _WARM_UP:
+                seconds.append(time.perf_counter() - started_s)
+        held = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        found: list[Any] = [None] * here.num_ranks
+        dist.all_gather_object(found, held)
+        if here.rank == 0:
+            body = {"step_s": statistics.median(seconds), "peak_bytes": max(found)}
+            Path(out).write_text(json.dumps(body))
+
+
+def _inputs(plan: Plan, here: runtime.Session) -> dict[str, Tensor]:
+    sizes = plan.provenance.sizes
+    return dict(runtime.example(plan, here, batch=sizes["batch"], seed=1))
+
+
+def _own_part(batch: dict[str, Tensor], here: runtime.Session) -> dict[str, Tensor]:
+    return {name: value.chunk(here.num_ranks)[here.rank] for name, value in batch.items()}
+
+
+def _pieces(batch: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    cut = {name: value.chunk(count) for name, value in batch.items()}
+    return [{name: values[i] for name, values in cut.items()} for i in range(count)]
+
+
+def _recompute(module: nn.Module, blocks: tuple[str, ...]) -> None:
+    for path in blocks:
+        block = module.get_submodule(path)
+        forward = block.forward
+        block.forward = lambda *a, _f=forward, **k: checkpoint(_f, *a, use_reentrant=False, **k)  # type: ignore[method-assign]
+
+
+def _blocks(plan: Plan) -> tuple[str, ...]:
+    return tuple(path for stage in plan.stages for path in stage.blocks)
+
+
+def _adamw(parameters: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+def ddp(plan: Plan, here: runtime.Session, accumulate: int = 1, recompute: bool = False) -> Step:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=here.device.type == "cpu", gradient_accumulation_steps=accumulate)
+    module = runtime.build(plan, here)
+    if recompute:
+        _recompute(module, _blocks(plan))
+    module, optimizer = accelerator.prepare(module, _adamw(module.parameters()))
+    pieces = _pieces(_own_part(_inputs(plan, here), here), accumulate)
+
+    def step() -> None:
+        for piece in pieces:
+            with accelerator.accumulate(module):
+                accelerator.backward(loss_of(module(**piece)))
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return step
+
+
+def fsdp2(plan: Plan, here: runtime.Session, accumulate: int = 1, recompute: bool = False) -> Step:
+    from torch.distributed.fsdp import fully_shard
+
+    module = runtime.build(plan, here)
+    if recompute:
+        _recompute(module, _blocks(plan))
+    for path in _blocks(plan):
+        fully_shard(module.get_submodule(path))
+    fully_shard(module)
+    optimizer = _adamw(module.parameters())
+    pieces = _pieces(_own_part(_inputs(plan, here), here), accumulate)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        for index, piece in enumerate(pieces):
+            module.set_requires_gradient_sync(index + 1 == len(pieces))
+            (loss_of(module(**piece)) / len(pieces)).backward()
+        optimizer.step()
+
+    return step
+
+
+def one_f_one_b(plan: Plan, here: runtime.Session, microbatches: int = 4, cut: str = "") -> Step:
+    from torch.distributed.pipelining import Schedule1F1B, SplitPoint, pipeline
+
+    module = runtime.build(plan, here)
+    batch = _inputs(plan, here)
+    pipe = pipeline(
+        module, (), _pieces(batch, microbatches)[0], split_spec={cut: SplitPoint.BEGINNING}
+    )
+    stage = pipe.build_stage(here.rank, here.device)
+    optimizer = _adamw(stage.submod.parameters())
+    schedule = Schedule1F1B(stage, microbatches, loss_fn=lambda loss, _: loss)
+    target = torch.zeros(microbatches)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        if here.rank == 0:
+            schedule.step(**batch)
+        else:
+            schedule.step(**batch, target=target, losses=[], return_outputs=False)
+        optimizer.step()
+
+    return step
+
+
+def ours(plan: Plan, here: runtime.Session) -> Step:
+    lowered = runtime.prepare(plan, here)
+    batch = _inputs(plan, here)
+    groups: dict[type, list[nn.Parameter]] = {}
+    for parameter in lowered.optimizer_parameters().values():
+        groups.setdefault(type(parameter.data), []).append(parameter)
+    optimizer = _adamw([{"params": group} for group in groups.values()])
+
+    def step() -> None:
+        lowered.zero_gradients()
+        lowered.step(batch)
+        optimizer.step()
+        lowered.after_update()
+
+    return step
+
+
+_MAKERS: dict[str, Callable[..., Step]] = {
+    "ddp": ddp,
+    "fsdp2": fsdp2,
+    "1f1b": one_f_one_b,
+    "toolkit": ours,
+}
+
+
+# The comparison -------------------------------------------------------------------------------
+
+
+def measure(contender: str, plan: Path) -> dict[str, Any]:
+    """Run one contender in a fresh pair of processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        arguments = [str(Path(__file__)), "--rank", contender, str(plan), str(out)]
+        launch.run(arguments, _RANKS, timeout_s=600)
+        found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def variants(plan: Plan, cut: str) -> dict[str, list[dict[str, Any]]]:
+    """What each hand-written contender is tuned over."""
+    own = plan.provenance.sizes["batch"] // _RANKS
+    accumulations = [count for count in (1, 2, 4) if own % count == 0]
+    data = [
+        {"accumulate": count, "recompute": recompute}
+        for recompute in (False, True)
+        for count in accumulations
+    ]
+    batch = plan.provenance.sizes["batch"]
+    pipes = [{"microbatches": count, "cut": cut} for count in (2, 4, 8) if batch % count == 0]
+    return {"ddp": data, "fsdp2": data, "1f1b": pipes}
+
+
+def tune(plan: Plan, path: Path, cut: str, cap: int | None) -> dict[str, dict[str, Any]]:
+    """Return the fastest variant of each contender within the cap, and all that was tried."""
+    chosen: dict[str, dict[str, Any]] = {}
+    for name, options in variants(plan, cut).items():
+        tried = []
+        for option in options:
+            contender = f"{name}:{json.dumps(option)}"
+            try:
+                found = measure(contender, path)
+            except ToolkitError as error:
+                console.print(f"{contender}: {str(error).splitlines()[-1]}", markup=False)
+                tried.append({**option, "error": str(error)[-400:]})
+                continue
+            fits = cap is None or found["peak_bytes"] <= cap
+            tried.append({**option, **found, "fits": fits})
+            step, peak = format_seconds(found["step_s"]), format_bytes(found["peak_bytes"])
+            console.print(f"{contender}: {step}, {peak}{'' if fits else ', over the cap'}",
+                          markup=False)  # fmt: skip
+        able = [(entry["step_s"], i) for i, entry in enumerate(tried) if entry.get("fits")]
+        best = options[min(able)[1]] if able else None
+        chosen[name] = {"option": best, "tried": tried}
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=("gpt", "swin", "evoformer"), required=True)
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--memory", help="the cap on what a rank holds, e.g. 1GiB")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--plan", type=Path, help="compare this plan instead of searching one")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    options = parser.parse_args()
+    ref = f"small_models:{options.model}"
+    search = [ref, "--cluster", f"cpux{_RANKS}"]
+    search += ["--batch", str(options.batch)] if options.batch else []
+    search += ["--memory", options.memory] if options.memory else []
+    folder = Path(tempfile.mkdtemp(prefix="toolkit-against-"))
+    path = options.plan or folder / "searched.json"
+    if options.plan is None:
+        _toolkit("plan", "search", *search, "-o", str(path))
+    reference = folder / "1f1b.json"
+    _toolkit("plan", "make", *search[:3], *search[3:5] * bool(options.batch),
+             "--strategy", "1f1b", "-o", str(reference))  # fmt: skip
+    plan = io.load(path)
+    cut = io.load(reference).stages[1].begins_at
+    assert cut is not None
+    cap = parse_bytes(options.memory) if options.memory else None
+    tuned = tune(plan, path, cut, cap)
+    contenders = {"toolkit": "toolkit"} | {
+        name: f"{name}:{json.dumps(found['option'])}"
+        for name, found in tuned.items()
+        if found["option"] is not None
+    }
+    rounds = []
+    for number in range(options.rounds):
+        order = list(contenders) if number % 2 == 0 else list(reversed(contenders))
+        rounds.append({name: measure(contenders[name], path) for name in order})
+        times = ", ".join(f"{n} {format_seconds(rounds[-1][n]['step_s'])}" for n in contenders)
+        console.print(f"round {number + 1}: {times}", markup=False)
+    body = {
+        "model": ref,
+        "sizes": dict(plan.provenance.sizes),
+        "strategy": plan.strategy,
+        "predicted_step_s": plan.prediction.step_s if plan.prediction else None,
+        "cap_bytes": cap,
+        "tuned": tuned,
+        "rounds": rounds,
+    }
+    record.write(options.output, kind="plan-against", version=1, body=body)
+    show(body, list(contenders))
+
+
+def show(body: dict[str, Any], names: list[str]) -> None:
+    table = Table(title=f"{body['model']}: {body['strategy']}, measured", title_justify="left")
+    for column in ("contender", "step", "memory", "toolkit is faster by"):
+        table.add_column(column, justify="left" if column == "contender" else "right")
+    for name in names:
+        times = [found[name]["step_s"] for found in body["rounds"]]
+        ratios = [found[name]["step_s"] / found["toolkit"]["step_s"] for found in body["rounds"]]
+        peak = max(found[name]["peak_bytes"] for found in body["rounds"])
+        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        table.add_row(name, format_seconds(statistics.median(times)), format_bytes(peak),
+                      spread if name != "toolkit" else "")  # fmt: skip
+    Console(highlight=False).print(table)
+
+
+def _toolkit(*arguments: str) -> None:
+    import subprocess
+
+    environment = {**os.environ, "PYTHONPATH": str(_HERE)}
+    subprocess.run(
+        [sys.executable, "-m", "toolkit", *arguments],
+        check=True, env=environment, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(_HERE), os.environ.get("PYTHONPATH", "")])
+    sys.path.insert(0, str(_HERE))
+    if sys.argv[1:2] == ["--rank"]:
+        rank_main(*sys.argv[2:5])
+    else:
+        main()
