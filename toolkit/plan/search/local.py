@@ -1,0 +1,123 @@
+"""Operators on one rank's shapes: seconds and saved bytes of a part, priced like the whole.
+
+A segment of the chain is cut out as a graph of its own, and one operator's tensors at a time are
+given the shapes that a rank sees; the formulas, the roofline and the rules for what is saved are
+those of every other prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from toolkit.cost import roofline
+from toolkit.cost.calibration import Calibration
+from toolkit.cost.work import Work
+from toolkit.hardware import Device
+from toolkit.ir import backward, formulas
+from toolkit.ir.graph import Op, OpGraph, Tensor
+from toolkit.plan.search.layouts import Axis, Layout, Way, local_shape, share
+
+_ENTRY = "entry"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part of an operator takes and keeps: `weight_s` of the backward makes gradients of
+    parameters alone.
+    """
+
+    forward_s: float
+    backward_s: float
+    weight_s: float
+    kept: tuple[tuple[str, int], ...]
+
+
+def cut_out(graph: OpGraph, ops: Sequence[Op], name: str) -> OpGraph:
+    """Return the operators as a graph of their own; what they read from outside is made by an
+    operator in front.
+    """
+    made = {tensor for op in ops for tensor in op.outputs}
+    names = dict.fromkeys(tensor for op in ops for tensor in (*op.inputs, *op.outputs))
+    for tensor in list(names):
+        names.setdefault(graph.tensors[tensor].storage)
+    tensors = {tensor: graph.tensors[tensor] for tensor in names}
+    entering = tuple(
+        tensor for tensor, data in tensors.items()
+        if data.role == "activation" and tensor not in made
+    )  # fmt: skip
+    entry = Op(_ENTRY, "aten.empty.memory_format", {}, 0, entering, "")
+    inside = {op.name for op in ops}
+    outside = tuple(
+        tensor
+        for tensor in names
+        if tensor in made
+        and (
+            tensor in graph.outputs
+            or any(reader.name not in inside for reader in graph.consumers[tensor])
+        )
+    )
+    return OpGraph(
+        name=name,
+        ops=(entry, *ops),
+        tensors=tensors,
+        inputs=tuple(t for t, data in tensors.items() if data.role == "input"),
+        outputs=outside,
+        modules=graph.modules,
+        training=graph.training,
+    )
+
+
+@dataclass
+class Parts:
+    """Prices parts of the operators of one segment on one device."""
+
+    graph: OpGraph
+    axes: tuple[Axis, ...]
+    device: Device
+    kernels: backward.Kernels
+    calibration: Calibration | None = None
+    _seen: dict[object, Part] = field(default_factory=dict, repr=False)
+
+    def part(self, op: Op, way: Way) -> Part:
+        """Return the seconds and saved bytes of one rank's part of `op`."""
+        key = (op.name, way.reads, way.makes)
+        if key not in self._seen:
+            self._seen[key] = self._priced(op, way)
+        return self._seen[key]
+
+    def _priced(self, op: Op, way: Way) -> Part:
+        local = self.graph if way.replicated else self._local(op, way)
+        forward_s = self._seconds((formulas.work(op, local),))
+        backward_s = self._seconds(backward.work(op, local, kernels=self.kernels))
+        weight_s = 0.0
+        weights = [t for t in local.input_tensors(op) if t.role == "parameter" and t.requires_grad]
+        if weights and backward_s:
+            fixed = {t.name: replace(t, requires_grad=False) for t in weights}
+            frozen = replace(local, tensors={**local.tensors, **fixed})
+            weight_s = backward_s - self._seconds(backward.work(op, frozen, kernels=self.kernels))
+        kept: tuple[tuple[str, int], ...] = ()
+        if op.name in local.differentiated:
+            kept = tuple(backward.kept(op, local, kernels=self.kernels))
+        return Part(forward_s, backward_s, max(0.0, weight_s), kept)
+
+    def _seconds(self, works: Sequence[Work]) -> float:
+        return sum(
+            roofline.seconds(work, self.device, calibration=self.calibration) for work in works
+        )
+
+    def _local(self, op: Op, way: Way) -> OpGraph:
+        changed: dict[str, Tensor] = {}
+        pairs = [*zip(op.inputs, way.reads, strict=True), *zip(op.outputs, way.makes, strict=True)]
+        for name, layout in pairs:
+            tensor = self.graph.tensors[name]
+            changed[name] = replace(tensor, shape=local_shape(tensor.shape, layout, self.axes))
+            if tensor.is_view:
+                changed.setdefault(tensor.storage, self._storage(tensor, layout))
+        return replace(self.graph, tensors={**self.graph.tensors, **changed})
+
+    def _storage(self, view: Tensor, layout: Layout) -> Tensor:
+        """The memory a local view lies in: as much smaller as the view, unless it is expanded."""
+        owner = self.graph.tensors[view.storage]
+        parts = share(layout, self.axes) if view.numel <= owner.numel else 1
+        return replace(owner, shape=(owner.numel // parts,))

@@ -1,0 +1,248 @@
+"""The whole chain of segments on one stage's mesh: what is the same is laid out once.
+
+Blocks that repeat are solved first, each kind once and closed in a ring; what lies around them is
+solved against what they read and make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from toolkit.cost.calibration import Calibration
+from toolkit.hardware import Cluster, Device
+from toolkit.ir import backward, fold
+from toolkit.ir.graph import OpGraph
+from toolkit.plan import chain
+from toolkit.plan.search.block import Chosen, Cost, Dims, End, Segment, Weights
+from toolkit.plan.search.layouts import Axis, AxisName, Resharding
+from toolkit.plan.search.local import Parts, cut_out
+from toolkit.plan.subject import Subject
+
+Veto = Callable[[str, str, AxisName], bool]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A segment of the chain: its block's path (None outside the blocks), where its operators are
+    in the graph, and the number of the kind it is of.
+    """
+
+    path: str | None
+    begin: int
+    end: int
+    kind: int
+
+
+class Outline:
+    """What does not depend on sizes: the chain's items and their kinds, and who keeps what."""
+
+    def __init__(self, subject: Subject, cluster: Cluster) -> None:
+        self.subject = subject
+        self.kernels: backward.Kernels = "cpu" if cluster.device(0).kind == "cpu" else "cuda"
+        graph = subject.graph
+        self.learned = chain.learned(graph)
+        self.first_keeper = {
+            kept.name: kept.ops[0] for kept in backward.saved(graph, kernels=self.kernels)
+        }
+        kinds: dict[str, int] = {}
+        items = []
+        at = 0
+        for segment in chain.segments(graph):
+            digest = fold.structure(graph, segment.ops, segment.path or "")
+            digest = digest if segment.path is not None else f"{digest} {at}"
+            kind = kinds.setdefault(digest, len(kinds))
+            items.append(Item(segment.path, at, at + len(segment.ops), kind))
+            at += len(segment.ops)
+        self.items = tuple(items)
+        self._graphs: dict[int, OpGraph] = {}
+
+    def graph(self, num_samples: int) -> OpGraph:
+        """Return the graph of one microbatch."""
+        if num_samples not in self._graphs:
+            self._graphs[num_samples] = self.subject.graph.at(batch=num_samples)
+        return self._graphs[num_samples]
+
+    @cached_property
+    def representatives(self) -> dict[int, int]:
+        """Kind -> the item that is solved: one that follows a copy of itself, if there is one."""
+        found: dict[int, int] = {}
+        for index, item in enumerate(self.items):
+            follows = index > 0 and self.items[index - 1].kind == item.kind
+            if item.kind not in found or (follows and not self.follows(found[item.kind])):
+                found[item.kind] = index
+        return found
+
+    def follows(self, index: int) -> bool:
+        """Whether an item comes right after one of its own kind."""
+        return index > 0 and self.items[index - 1].kind == self.items[index].kind
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """The chosen layout of every kind of segment."""
+
+    chosen: Mapping[int, Chosen]
+
+    def dims(self, kind: int, graph_ops: Sequence[str], own: Sequence[str]) -> dict[str, Dims]:
+        """Return a kind's identifiers under the names of another item's operators."""
+        dims = self.chosen[kind].dims
+        return {
+            mine: dims[theirs]
+            for theirs, mine in zip(graph_ops, own, strict=True)
+            if theirs in dims
+        }
+
+
+class Stack:
+    """All segments for microbatches of `num_samples`, over `axes` of representative ranks."""
+
+    def __init__(
+        self,
+        outline: Outline,
+        cluster: Cluster,
+        axes: tuple[Axis, ...],
+        num_samples: int,
+        *,
+        calibration: Calibration | None = None,
+        veto: Veto | None = None,
+    ) -> None:
+        self.outline = outline
+        self.cluster = cluster
+        self.axes = axes
+        self.num_samples = num_samples
+        self.calibration = calibration
+        self.graph = outline.graph(num_samples)
+        self.resharding = Resharding(axes, cluster)
+        first = axes[0].ranks[0] if axes else 0
+        self.device = cluster.device(first)
+        self.segments = {
+            kind: self._segment(index, veto) for kind, index in outline.representatives.items()
+        }
+        self._costs: dict[tuple[int, str, int], Cost] = {}
+        self._parts: dict[tuple[int, str], Parts] = {}
+        self._layouts: dict[object, Layouts] = {}
+
+    def _segment(self, index: int, veto: Veto | None) -> Segment:
+        item = self.outline.items[index]
+        ops = self.graph.ops[item.begin : item.end]
+        graph = cut_out(self.graph, ops, item.path or self.graph.name)
+        loops: dict[str, str] = {}
+        if self.outline.follows(index):
+            before = self.outline.items[index - 1]
+            pairs = zip(self.graph.ops[before.begin : before.end], ops, strict=True)
+            loops = {
+                theirs: mine
+                for one, other in pairs
+                for theirs, mine in zip(one.outputs, other.outputs, strict=True)
+            }
+        return Segment(
+            graph=graph,
+            ops=ops,
+            axes=self.axes,
+            resharding=self.resharding,
+            parts=self._priced(graph, self.device),
+            learned=self.outline.learned,
+            first_keeper=self.outline.first_keeper,
+            num_samples=self.num_samples,
+            loops=loops,
+            veto=veto,
+        )
+
+    def _priced(self, graph: OpGraph, device: Device) -> Parts:
+        return Parts(graph, self.axes, device, self.outline.kernels, self.calibration)
+
+    # Layouts --------------------------------------------------------------------------------
+
+    def fastest(self, weights: Weights, *, time_limit_s: float = 5.0) -> Layouts:
+        """Return the fastest layouts, whatever they hold."""
+        return self.tightened(weights, 1.0, time_limit_s=time_limit_s)
+
+    def tightened(self, weights: Weights, room: float, *, time_limit_s: float = 5.0) -> Layouts:
+        """Return the fastest layouts whose memory is at most `room` of the way from each
+        segment's least (0) to what its fastest layout holds (1).
+        """
+        key = (weights, room)
+        if key not in self._layouts:
+            fastest = None if room >= 1 else self.fastest(weights, time_limit_s=time_limit_s)
+            limits: dict[int, float] = {}
+            for kind, segment in self.segments.items():
+                if fastest is not None:
+                    least = segment.least_memory(weights)
+                    most = fastest.chosen[kind].memory
+                    limits[kind] = least + room * max(0.0, most - least)
+            self._layouts[key] = self._solved(weights, limits, None, time_limit_s)
+        return self._layouts[key]
+
+    def given(self, dims: Mapping[str, Dims]) -> Layouts:
+        """Return the layouts that split operators as told and replicate all others."""
+        return self._solved(Weights(), {}, dims, 5.0)
+
+    def _solved(
+        self,
+        weights: Weights,
+        limits: Mapping[int, float],
+        dims: Mapping[str, Dims] | None,
+        time_limit_s: float,
+    ) -> Layouts:
+        made: dict[str, End] = {}
+        taken: dict[str, list[End]] = {}
+        chosen: dict[int, Chosen] = {}
+        order = sorted(self.segments, key=lambda kind: (not self.segments[kind].loops, kind))
+        for kind in order:
+            segment = self.segments[kind]
+            outputs = {name for op in segment.ops for name in op.outputs}
+            inputs = {name for op in segment.ops for name in op.inputs} - outputs
+            found = segment.solve(
+                weights,
+                {name: made[name] for name in inputs if name in made and not segment.loops},
+                {name: taken[name] for name in outputs if name in taken},
+                fixed=dims,
+                memory_limit=limits.get(kind, float("inf")) * (1 + 1e-9),
+                time_limit_s=time_limit_s,
+            )
+            assert found is not None
+            chosen[kind] = found
+            self._spread(kind, found, made, taken)
+        return Layouts(chosen)
+
+    def _spread(
+        self, kind: int, found: Chosen, made: dict[str, End], taken: dict[str, list[End]]
+    ) -> None:
+        """Note the ends of every copy of a kind."""
+        outline = self.outline
+        own = self.segments[kind].ops
+        for index, item in enumerate(outline.items):
+            if item.kind != kind:
+                continue
+            names: dict[str, str] = {}
+            for mine, theirs in zip(own, self.graph.ops[item.begin : item.end], strict=True):
+                names.update(zip(mine.outputs, theirs.outputs, strict=True))
+                names.update(zip(mine.inputs, theirs.inputs, strict=True))
+            for name, end in found.makes.items():
+                made[names[name]] = end
+            for name, end in found.takes.items():
+                # Copies in a row have settled between themselves.
+                if name not in self.segments[kind].loops or not outline.follows(index):
+                    taken.setdefault(names[name], []).append(end)
+
+    # Costs ----------------------------------------------------------------------------------
+
+    def costs(self, layouts: Layouts, device: Device | None = None) -> tuple[Cost, ...]:
+        """Return what each item of the chain costs on a device."""
+        where = device or self.device
+        found = {}
+        for kind, chosen in layouts.chosen.items():
+            key = (kind, where.name, id(chosen))
+            if key not in self._costs:
+                segment = self.segments[kind]
+                if where is self.device:
+                    parts = segment.parts
+                else:
+                    parts = self._parts.setdefault(
+                        (kind, where.name), self._priced(segment.graph, where)
+                    )
+                self._costs[key] = segment.cost(chosen, parts)
+            found[kind] = self._costs[key]
+        return tuple(found[item.kind] for item in self.outline.items)
