@@ -22,7 +22,7 @@ from toolkit import models
 from toolkit.errors import UsageError
 from toolkit.hardware.affinity import usable_cores
 from toolkit.plan import text
-from toolkit.plan.lower import compat, native
+from toolkit.plan.lower import compat, ladder
 from toolkit.plan.lower.lowered import Batch, Lowered
 from toolkit.plan.lower.recorder import Recorder
 from toolkit.plan.plan import Plan
@@ -126,7 +126,7 @@ def text_inputs(plan: Plan) -> tuple[str, str]:
 def prepare(plan: Plan, here: Session, *, dtype: torch.dtype | None = None) -> Lowered:
     """Build the model and lower the plan on this rank."""
     mesh = mesh_of(plan, here)
-    return native.lower(
+    return ladder.lower(
         plan,
         build(plan, here, dtype),
         mesh,

@@ -6,14 +6,18 @@ import sys
 from collections.abc import Callable, Mapping
 
 from toolkit.errors import unknown_name
-from toolkit.plan.library import data_parallel, fsdp, megatron, one_f_one_b
+from toolkit.plan.library import data_parallel, fsdp, fsdp_tp, hsdp, megatron, one_f_one_b, zero
 from toolkit.plan.plan import Plan
 
 # strategy name -> the function that writes its plan
 STRATEGIES: Mapping[str, Callable[..., Plan]] = {
     "dp": data_parallel.plan,
+    "zero-1": zero.plan_1,
+    "zero-2": zero.plan_2,
     "fsdp": fsdp.plan,
+    "hsdp": hsdp.plan,
     "tp": megatron.plan,
+    "fsdp-tp": fsdp_tp.plan,
     "1f1b": one_f_one_b.plan,
 }
 

@@ -1,12 +1,111 @@
-"""Data parallel: every rank holds the model; gradients are summed in buckets during backward."""
+"""The replica and data axes: how the gradients of ranks that saw different samples meet.
+
+`Buckets` is data parallelism; lower/zero.py holds ZeRO-1 and 2; FSDP2 is torch's own. What is
+reduced together is a unit: the parameters in a module, less those of units inside it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from toolkit.plan.lower.lowered import whole
+
+# Parameters by their path in the whole model.
+Named = Mapping[str, nn.Parameter]
+
+
+class Gradients(ABC):
+    """What a step calls, in this order: `zero`, then `arm` and `settle` around each backward.
+
+    The loss has been divided by the microbatches and the ranks, so that sums are means.
+    """
+
+    @abstractmethod
+    def zero(self) -> None:
+        """Forget the gradients of the last step."""
+
+    @abstractmethod
+    def arm(self, *, last: bool) -> None:
+        """A backward follows; `last` is the one that completes the gradients."""
+
+    @abstractmethod
+    def settle(self, *, last: bool) -> None:
+        """That backward is over: wait for what it started."""
+
+
+def units(parameters: Named, paths: Sequence[str]) -> dict[str, dict[str, nn.Parameter]]:
+    """Return each unit's trained parameters, innermost units first: the order backward fills them.
+
+    >>> weight = nn.Parameter(torch.zeros(1))
+    >>> found = units({"a.w": weight, "b.w": weight}, ["", "a"])
+    >>> {path: list(held) for path, held in found.items()}
+    {'a': ['a.w'], '': ['b.w']}
+    """
+    inner_first = sorted(paths, key=len, reverse=True)
+    found: dict[str, dict[str, nn.Parameter]] = {path: {} for path in inner_first}
+    for name, parameter in parameters.items():
+        held = (path for path in inner_first if not path or name.startswith(f"{path}."))
+        unit = next(held, None)
+        if unit is not None and parameter.requires_grad:
+            found[unit][name] = parameter
+    return found
+
+
+def by_dtype(parameters: Named) -> Iterator[dict[str, nn.Parameter]]:
+    """Yield the parameters of each dtype: they can share a buffer."""
+    found: dict[torch.dtype, dict[str, nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        found.setdefault(parameter.dtype, {})[name] = parameter
+    yield from found.values()
+
+
+def local(value: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that is split over the tensor axis, or all of it."""
+    if not isinstance(value, DTensor):
+        return value
+    with torch.no_grad():
+        return value.to_local()
+
+
+def like(parameter: nn.Parameter, part: Tensor) -> Tensor:
+    """Return `part`, this rank's, as a tensor that lies as `parameter` does."""
+    if not isinstance(parameter, DTensor):
+        return part
+    return DTensor.from_local(
+        part, parameter.device_mesh, parameter.placements,
+        run_check=False, shape=parameter.shape, stride=parameter.stride(),
+    )  # fmt: skip
+
+
+class Buckets(Gradients):
+    """Data parallel: every rank holds the model, and each unit's gradients are all-reduced once."""
+
+    def __init__(self, parameters: Named, paths: Sequence[str], group: dist.ProcessGroup) -> None:
+        self.buckets = [
+            Bucket(tuple(held.values()), group)
+            for unit in units(parameters, paths).values()
+            for held in by_dtype(unit)
+        ]
+
+    def zero(self) -> None:
+        for bucket in self.buckets:
+            bucket.flat.zero_()
+
+    def arm(self, *, last: bool) -> None:
+        if last:
+            for bucket in self.buckets:
+                bucket.arm()
+
+    def settle(self, *, last: bool) -> None:
+        if last:
+            for bucket in self.buckets:
+                bucket.finish()
 
 
 class Bucket:
@@ -22,26 +121,19 @@ class Bucket:
         self.armed = False
         self._waiting = 0
         self._work: dist.Work | None = None
-        first = self.parameters[0]
-        self.flat = torch.zeros(
-            sum(parameter.numel() for parameter in self.parameters),
-            dtype=first.dtype,
-            device=first.device,
-        )
-        sizes = [parameter.numel() for parameter in self.parameters]
+        first = local(self.parameters[0])
+        sizes = [local(parameter).numel() for parameter in self.parameters]
+        self.flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
         for parameter, piece in zip(self.parameters, self.flat.split(sizes), strict=True):
-            parameter.grad = piece.view_as(parameter)
+            parameter.grad = like(parameter, piece.view_as(local(parameter)))
             parameter.register_post_accumulate_grad_hook(self._ready)
-
-    def zero(self) -> None:
-        self.flat.zero_()
 
     def arm(self) -> None:
         """Reduce in the backward that follows: it is the last one of the step."""
         self.armed = True
         self._waiting = len(self.parameters)
 
-    def _ready(self, _: torch.Tensor) -> None:
+    def _ready(self, _: Tensor) -> None:
         if self.armed:
             self._waiting -= 1
             if self._waiting == 0:
@@ -59,22 +151,9 @@ class Bucket:
         self._work, self.armed = None, False
 
 
-def buckets(module: nn.Module, units: Sequence[str], group: dist.ProcessGroup) -> list[Bucket]:
-    """Return one bucket per unit (a module path) and dtype, in the order backward fills them.
-
-    A unit's bucket holds its parameters less those of units inside it.
-    """
-    taken: set[nn.Parameter] = set()
-    found: list[Bucket] = []
-    for path in sorted(units, key=_depth, reverse=True):
-        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
-        for parameter in module.get_submodule(path).parameters():
-            if parameter.requires_grad and parameter not in taken:
-                taken.add(parameter)
-                by_dtype.setdefault(parameter.dtype, []).append(parameter)
-        found += [Bucket(parameters, group) for parameters in by_dtype.values()]
-    return found
-
-
-def _depth(path: str) -> int:
-    return path.count(".") + bool(path)
+def gathered(parameters: Named) -> Iterator[tuple[str, Tensor]]:
+    """Yield (path, whole gradient) of trained parameters. All ranks must run through it."""
+    for name, parameter in parameters.items():
+        if parameter.requires_grad:
+            found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            yield name, whole(found)

@@ -1,7 +1,4 @@
-"""What a lowered plan is, whatever the rung: what one rank holds, and one step of it.
-
-All of them take the *global* batch and pick their own part of it.
-"""
+"""What one rank holds and runs, whichever rung of the ladder made it."""
 
 from __future__ import annotations
 
@@ -22,9 +19,13 @@ Batch = Mapping[str, Tensor]
 
 
 class Lowered(ABC):
-    """What one rank holds and runs.
+    """What one rank holds and runs. All rungs take the *global* batch and pick their own part.
 
-    `parameters` go by their path in the whole model; a split one is a DTensor.
+    `rung` says how it is run ("native: ...", "schedule: ...", "program: ..."). `parameters` go by
+    their path in the whole model; a split one is a DTensor.
+
+    One training step is `zero_gradients`, `step`, an optimizer's step over
+    `optimizer_parameters()`, and `after_update`. A prediction's traffic is that of `step` alone.
     """
 
     rung: str
@@ -49,17 +50,37 @@ class Lowered(ABC):
         for parameter in self.parameters.values():
             parameter.grad = None
 
+    def optimizer_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what this rank's optimizer updates, by path; their gradients are there after
+        `step`. Under ZeRO-1 and 2 these are flat pieces of the parameters, else the trained ones
+        themselves.
+        """
+        return {
+            name: parameter
+            for name, parameter in self.parameters.items()
+            if parameter.requires_grad
+        }
+
+    def after_update(self) -> None:  # noqa: B027 (most rungs have nothing to do)
+        """Make `parameters` whole again after the optimizer's step. All ranks must call this."""
+
+    def saved(self, name: str, value: Tensor) -> Any:
+        """Return `value`, which lies as `optimizer_parameters()[name]` does, as a checkpoint keeps
+        it: something that knows which part of the whole tensor it is.
+        """
+        return value
+
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (path, whole parameter) of what this rank holds. All ranks must run through it."""
         for name, parameter in self.parameters.items():
-            yield name, _whole(parameter.detach())
+            yield name, whole(parameter.detach())
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (path, whole gradient) of what this rank holds. All ranks must run through it."""
         for name, parameter in self.parameters.items():
             if parameter.requires_grad:
                 found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                yield name, _whole(found)
+                yield name, whole(found)
 
 
 def loss_of(output: Any) -> Tensor:
@@ -76,5 +97,6 @@ def loss_of(output: Any) -> Tensor:
     return found
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a split tensor. All ranks must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

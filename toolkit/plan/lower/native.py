@@ -1,10 +1,13 @@
-"""Rung 1 of the ladder: plans that FSDP2, DTensor and torch's pipelining express as they are.
+"""Rung 1 of the ladder: every rank runs the whole model's program on its part of the batch.
 
-`lower(plan, ...)` gives a `Lowered`: what one rank holds and runs.
+The axes compose. Over `tensor`, Linears are split (tensor.py). Over `data` and `replica` the
+batch is divided, and each unit's parameters are replicated (data.py), sharded for the update
+(zero.py), or sharded throughout (FSDP2; with a replica axis, its hybrid sharding).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,21 +18,50 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from toolkit.errors import UsageError
-from toolkit.plan.lower import data, tensor
+from toolkit.plan.lower import groups, tensor
+from toolkit.plan.lower.data import Buckets, Gradients
 from toolkit.plan.lower.lowered import Batch, Lowered, loss_of
-from toolkit.plan.lower.pipeline import Pipeline
 from toolkit.plan.lower.recorder import Recorder
-from toolkit.plan.plan import Plan
+from toolkit.plan.lower.zero import Zero
+from toolkit.plan.plan import DATA_WAYS, How, Plan
+
+_AXES = ("pipeline", "replica", "data", "tensor")
+_RUNGS: dict[How, str] = {
+    "replicate": "all-reduce buckets",
+    "shard_optimizer": "ZeRO-1 buckets",
+    "shard_gradients": "ZeRO-2 buckets",
+    "shard": "fully_shard (FSDP2)",
+}
 
 
-class _Spmd(Lowered):
-    """Every rank runs the whole model's program on its part of the batch."""
+class Native(Lowered):
+    """See the head of this file."""
 
     def __init__(self, plan: Plan, module: nn.Module, mesh: DeviceMesh, recorder: Recorder) -> None:
         super().__init__(plan, recorder)
         self.module = module
-        self.mesh = mesh
+        self._tensor = tensor.split(plan, module, mesh) if plan.size("tensor") > 1 else None
+        for path in plan.recompute:
+            _recompute(module.get_submodule(path))
+        way = _way(plan)
+        self._sharded: tuple[FSDPModule, ...] = ()
+        if way == "shard":
+            self._sharded = _fully_shard(plan, module, mesh)
         self.parameters = dict(module.named_parameters())
+        self._gradients: Gradients | None = None
+        if way in ("shard_optimizer", "shard_gradients"):
+            self._gradients = Zero(
+                self.parameters,
+                tuple(_on_data(plan, way)),
+                mesh.get_group("data"),
+                mesh.get_group("replica") if plan.size("replica") > 1 else None,
+                shard_gradients=way == "shard_gradients",
+            )
+        elif way == "replicate":
+            group = groups.along(plan, ("replica", "data"), mesh)
+            self._gradients = Buckets(self.parameters, tuple(_on_data(plan, way)), group)
+        rungs = [*([self._tensor.rung] if self._tensor else []), *([_RUNGS[way]] if way else [])]
+        self.rung = f"native: {' + '.join(rungs) or 'one device'}"
 
     def step(self, batch: Batch) -> Tensor:
         part = self._part(batch)
@@ -39,120 +71,119 @@ class _Spmd(Lowered):
                 *(value.split(self.plan.microbatch) for value in part.values()), strict=True
             )
         ]
-        losses: list[Tensor] = []
-        loss: Tensor | None = None
-        for action in self.plan.order[0]:
+        # FSDP2 takes the mean over ranks; what is written here takes sums.
+        divisor = self.plan.microbatches * (1 if self._sharded else self.plan.num_replicas)
+        row = self.plan.order[0]
+        last_backward = max(i for i, action in enumerate(row) if action.kind == "B")
+        losses: dict[int, Tensor] = {}
+        for i, action in enumerate(row):
+            last = i == last_backward
             with self.recorder.action(action):
                 if action.kind == "F":
-                    loss = loss_of(self.module(**pieces[action.microbatch]))
-                    losses.append(loss.detach())
-                else:
-                    assert loss is not None
-                    self._before_backward(last=action.microbatch + 1 == self.plan.microbatches)
-                    (loss / self._divisor).backward()
-        self._finish()
-        return torch.stack(losses).mean()
-
-    @property
-    def _divisor(self) -> int:
-        return self.plan.microbatches
-
-    def _part(self, batch: Batch) -> dict[str, Tensor]:
-        """The samples of this rank."""
-        rank = self.mesh.get_local_rank("data") if "data" in _names(self.mesh) else 0
-        size = self.plan.rank_batch
-        return {name: value[rank * size : (rank + 1) * size] for name, value in batch.items()}
+                    losses[action.microbatch] = loss_of(self.module(**pieces[action.microbatch]))
+                    continue
+                self._arm(last=last)
+                loss = losses[action.microbatch]
+                losses[action.microbatch] = loss.detach()
+                (loss / divisor).backward()
+                del loss  # or the graph would outlive its backward
+            if self._gradients:
+                with self.recorder.span("wait for gradients", "communication"):
+                    self._gradients.settle(last=last)
+        if self._tensor:
+            self._tensor.finish(self.parameters)
+        return torch.stack([*losses.values()]).mean()
 
     def global_loss(self, loss: Tensor | None) -> float:
         assert loss is not None
-        total = loss.clone()
-        if "data" in _names(self.mesh):
-            dist.all_reduce(total, group=self.mesh.get_group("data"))
-            total /= self.mesh.size()
-        return float(total)
-
-    def _before_backward(self, *, last: bool) -> None:
-        """Called before each backward; `last` is the one that completes the gradients."""
-
-    def _finish(self) -> None:
-        """Called after the last backward."""
-
-
-class DataParallel(_Spmd):
-    rung = "native: all-reduce buckets over torch.distributed"
-
-    def __init__(self, plan: Plan, module: nn.Module, mesh: DeviceMesh, recorder: Recorder) -> None:
-        super().__init__(plan, module, mesh, recorder)
-        self.buckets = data.buckets(module, plan.placed("replicate"), mesh.get_group("data"))
-
-    @property
-    def _divisor(self) -> int:
-        # The buckets are summed over ranks; dividing the loss makes the sum the mean.
-        return self.plan.microbatches * self.plan.size("data")
+        total = loss.double()
+        dist.all_reduce(total)
+        return float(total) / dist.get_world_size()
 
     def zero_gradients(self) -> None:
-        for bucket in self.buckets:
-            bucket.zero()
+        if self._gradients:
+            self._gradients.zero()
+        else:
+            super().zero_gradients()
 
-    def _before_backward(self, *, last: bool) -> None:
-        if last:
-            for bucket in self.buckets:
-                bucket.arm()
+    def optimizer_parameters(self) -> dict[str, nn.Parameter]:
+        if isinstance(self._gradients, Zero):
+            return self._gradients.pieces
+        return super().optimizer_parameters()
 
-    def _finish(self) -> None:
-        with self.recorder.span("wait for gradients", "all_reduce"):
-            for bucket in self.buckets:
-                bucket.finish()
+    def after_update(self) -> None:
+        if isinstance(self._gradients, Zero):
+            with self.recorder.span("gather parameters", "all_gather"):
+                self._gradients.after_update()
 
+    def saved(self, name: str, value: Tensor) -> Any:
+        if isinstance(self._gradients, Zero):
+            return self._gradients.saved(name, value)
+        return value
 
-class FullyShard(_Spmd):
-    rung = "native: torch.distributed.fsdp.fully_shard (FSDP2)"
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(self._gradients, Zero):
+            return self._gradients.gradients()
+        return super().gradients()
 
-    def __init__(self, plan: Plan, module: nn.Module, mesh: DeviceMesh, recorder: Recorder) -> None:
-        for path in plan.placed("shard"):
-            fully_shard(module.get_submodule(path), mesh=mesh)
-        super().__init__(plan, module, mesh, recorder)
+    def _arm(self, *, last: bool) -> None:
+        if self._gradients:
+            self._gradients.arm(last=last)
+        for unit in self._sharded:
+            unit.set_requires_gradient_sync(last)
 
-    def _before_backward(self, *, last: bool) -> None:
-        assert isinstance(self.module, FSDPModule)
-        self.module.set_requires_gradient_sync(last)
-
-
-class TensorParallel(_Spmd):
-    rung = "native: torch.distributed.tensor.parallel (DTensor)"
-
-    def __init__(self, plan: Plan, module: nn.Module, mesh: DeviceMesh, recorder: Recorder) -> None:
-        self._shared = tensor.split(module, mesh, plan.placed("column"), plan.placed("row"))
-        super().__init__(plan, module, mesh, recorder)
-
-    def _finish(self) -> None:
-        self._shared.forget()
+    def _part(self, batch: Batch) -> dict[str, Tensor]:
+        """The samples of this rank."""
+        place = groups.replica(self.plan, dist.get_rank())
+        size = self.plan.rank_batch
+        return {name: value[place * size : (place + 1) * size] for name, value in batch.items()}
 
 
 def lower(
     plan: Plan, module: nn.Module, mesh: DeviceMesh, recorder: Recorder, example: Batch
 ) -> Lowered:
     """Return what this rank runs of `plan`. `module` is the whole model with equal weights on
-    every rank; `example` is one microbatch. Raises UsageError for a plan this rung cannot express.
+    every rank. Raises UsageError for a plan this rung cannot express.
     """
-    axes = tuple(axis.name for axis in plan.mesh)
-    ways = {how for how in ("replicate", "shard", "column", "row") if plan.placed(how)}
-    if axes != ("pipeline",):
-        for path in plan.recompute:
-            _recompute(module.get_submodule(path))
-    if axes == ("data",) and ways == {"replicate"}:
-        return DataParallel(plan, module, mesh, recorder)
-    if axes == ("data",) and ways == {"shard"}:
-        return FullyShard(plan, module, mesh, recorder)
-    if axes == ("tensor",) and ways == {"column", "row"}:
-        return TensorParallel(plan, module, mesh, recorder)
-    if axes == ("pipeline",) and not ways:
-        return Pipeline(plan, module, mesh, recorder, example)
-    raise UsageError(
-        f"no rung of the ladder runs a mesh of {', '.join(axes)} with placements "
-        f"{', '.join(sorted(ways)) or 'none'} yet",
-        remedy="use one strategy over one mesh axis: dp, fsdp, tp or 1f1b",
-    )
+    foreign = [axis.name for axis in plan.mesh if axis.size > 1 and axis.name not in _AXES]
+    if foreign or plan.splits or len(plan.stages) > 1:
+        raise UsageError(
+            f"the native rung runs no {', '.join(foreign) or 'splits of operators or stages'}",
+            remedy="lower it through toolkit.plan.lower.ladder, which picks the rung",
+        )
+    return Native(plan, module, mesh, recorder)
+
+
+def _way(plan: Plan) -> How | None:
+    """How parameters lie over the data axis; every unit alike."""
+    ways: list[How] = [how for how in DATA_WAYS if any(_on_data(plan, how))]
+    if len(ways) > 1:
+        raise UsageError(
+            f"units lie over the data axis as {' and '.join(ways)}, and this rung takes one way",
+            remedy=f"place every unit as {ways[-1]}",
+        )
+    if not ways and plan.num_replicas > 1:
+        raise UsageError(
+            f"{plan.num_replicas} replicas train, and no module says how its gradients meet",
+            remedy=f"place modules on the data axis: {', '.join(DATA_WAYS)}",
+        )
+    return ways[0] if ways else None
+
+
+def _on_data(plan: Plan, how: How) -> Iterator[str]:
+    return (entry.module for entry in plan.placements if (entry.axis, entry.how) == ("data", how))
+
+
+def _fully_shard(plan: Plan, module: nn.Module, mesh: DeviceMesh) -> tuple[FSDPModule, ...]:
+    """Shard every unit, inner ones first; over replica x data it is hybrid sharding."""
+    names = ("replica", "data") if plan.size("replica") > 1 else ("data",)
+    over = mesh[names] if len(plan.mesh) > len(names) else mesh
+    found = []
+    for path in sorted(_on_data(plan, "shard"), key=len, reverse=True):
+        unit = fully_shard(module.get_submodule(path), mesh=over)
+        assert isinstance(unit, FSDPModule)
+        found.append(unit)
+    return tuple(found)
 
 
 def _recompute(block: nn.Module) -> None:
@@ -162,7 +193,3 @@ def _recompute(block: nn.Module) -> None:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     block.forward = recomputed  # type: ignore[method-assign]
-
-
-def _names(mesh: DeviceMesh) -> tuple[str, ...]:
-    return mesh.mesh_dim_names or ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from toolkit.errors import UsageError
+from toolkit.plan.plan import Plan
 
 
 class _SharedInput:
@@ -44,11 +45,26 @@ class _SharedInput:
         self._seen = self._shared = None
 
 
-def split(
-    module: nn.Module, mesh: DeviceMesh, columns: Sequence[str], rows: Sequence[str]
-) -> _SharedInput:
-    """Split the Linears at these paths over `mesh`, in place; every rank holds equal weights."""
-    shared = _SharedInput(mesh)
+class Split:
+    """A model whose Linears are split: what is left to do at the end of a step."""
+
+    rung = "torch.distributed.tensor.parallel (DTensor)"
+
+    def __init__(self, shared: _SharedInput) -> None:
+        self._shared = shared
+
+    def finish(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Called after the last backward."""
+        self._shared.forget()
+
+
+def split(plan: Plan, module: nn.Module, mesh: DeviceMesh) -> Split:
+    """Split the Linears the plan places on the tensor axis, in place; every rank holds equal
+    weights.
+    """
+    over = mesh["tensor"] if len(plan.mesh) > 1 else mesh
+    columns, rows = plan.placed("column"), plan.placed("row")
+    shared = _SharedInput(over)
     styles: dict[str, ParallelStyle] = {}
     for path in (*columns, *rows):
         found = module.get_submodule(path)
@@ -58,8 +74,8 @@ def split(
                 remedy="choose another strategy for this model",
             )
         styles[path] = ColwiseParallel() if path in columns else RowwiseParallel()
-    parallelize_module(module, mesh, styles, src_data_rank=None)
+    parallelize_module(module, over, styles, src_data_rank=None)
     for path in columns:
         # Before ColwiseParallel's own hook, which leaves a DTensor as it is.
         module.get_submodule(path).register_forward_pre_hook(shared, prepend=True)
-    return shared
+    return Split(shared)
