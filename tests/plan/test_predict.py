@@ -6,7 +6,8 @@ import pytest
 
 from toolkit.errors import InfeasibleError
 from toolkit.hardware import find_cluster
-from toolkit.plan import costs, library, planner, predict, subject
+from toolkit.plan import library, planner, predict, subject
+from toolkit.plan.predict import costs
 
 
 def traffic(plan) -> dict[tuple[int, str], int]:
@@ -57,8 +58,13 @@ def test_model_flops_are_three_times_forward_less_the_first_input(tiny) -> None:
 def test_the_simulated_step_is_the_predicted_one_and_its_timeline_is_marked(
     tiny, two_ranks
 ) -> None:
+    made = 0
     for name in library.STRATEGIES:
-        plan = planner.make(tiny, two_ranks, name, microbatches=2)
+        try:
+            plan = planner.make(tiny, two_ranks, name, microbatches=2)
+        except InfeasibleError:  # not a plan for two ranks
+            continue
+        made += 1
         run = predict.simulated(plan, tiny, two_ranks)
         assert run.step_s == plan.prediction.step_s
         timeline = run.timeline("one step")
@@ -66,6 +72,7 @@ def test_the_simulated_step_is_the_predicted_one_and_its_timeline_is_marked(
         assert timeline.duration_s == pytest.approx(run.step_s)
         assert 0 < plan.prediction.mfu < 1
         assert 0 <= plan.prediction.bubble < 1
+    assert made >= 6
 
 
 def test_slower_links_cost_the_plans_that_use_them(tiny) -> None:
@@ -79,12 +86,11 @@ def test_slower_links_cost_the_plans_that_use_them(tiny) -> None:
 
 
 def test_auto_keeps_the_fastest_and_says_why_others_are_out(tiny, two_ranks) -> None:
-    best, outcomes = planner.choose(tiny, two_ranks)
-    times = {entry.strategy: entry.step_s for entry in outcomes}
-    assert best.strategy == min(times, key=lambda name: times[name])
+    best = planner.choose(tiny, two_ranks)
+    assert all(best.prediction.step_s <= other.step_s for other in best.considered if other.step_s)
     eight = find_cluster("h100x8")
-    best, outcomes = planner.choose(tiny, eight)
-    reasons = {entry.strategy: entry.reason for entry in outcomes}
+    best = planner.choose(tiny, eight)
+    reasons = {other.description: other.reason for other in best.considered}
     assert "does not divide 4" in reasons["tp"]
     assert "8 pipeline stages do not fit the 4 blocks" in reasons["1f1b"]
     assert best.strategy in ("dp", "fsdp")
@@ -94,7 +100,7 @@ def test_what_cannot_be_done_says_what_can(tiny, two_ranks) -> None:
     for options, message in (
         ({"strategy": "1f1b", "microbatches": 3}, "batch 8 does not divide"),
         ({"strategy": "dp", "num_ranks": 4}, "needs 4 devices and cpux2 has 2"),
-        ({"strategy": "dp", "memory_limit_bytes": 2**20}, "a rank of stage 0 under dp needs"),
+        ({"strategy": "dp", "memory_limit_bytes": 2**20}, "a rank at position 0 under dp needs"),
     ):
         with pytest.raises(InfeasibleError, match=message):
             planner.make(tiny, two_ranks, **options)

@@ -112,13 +112,25 @@ def first_op(graph: OpGraph, path: str) -> int:
 def stage_segments(
     graph: OpGraph, begins_at: Sequence[str | None]
 ) -> tuple[tuple[Segment, ...], ...]:
-    """Return the segments of each stage; stages begin at these block paths (None: the start)."""
-    found: list[list[Segment]] = []
+    """Return the segments of each stage; stages begin at these module paths (None: the start).
+
+    Raises InfeasibleError when nothing runs there, or the paths are not in the model's order.
+    """
+    starts = [first_op(graph, path) if path is not None else 0 for path in begins_at]
+    if starts != sorted(set(starts)) or starts[:1] != [0]:
+        raise InfeasibleError(f"stages must follow the order of {graph.name}, not {begins_at}")
+    ends = [*starts[1:], len(graph.ops)]
+    found: list[list[Segment]] = [[] for _ in starts]
+    place = stage = 0
     for segment in segments(graph):
-        starts = len(found) < len(begins_at) and begins_at[len(found)] in (None, segment.path)
-        if starts:
-            found.append([])
-        found[-1].append(segment)
+        ops = segment.ops
+        while ops:
+            if place == ends[stage]:
+                stage += 1
+            here = ops[: ends[stage] - place]
+            found[stage].append(Segment(segment.path, here))
+            place += len(here)
+            ops = ops[len(here) :]
     return tuple(tuple(stage) for stage in found)
 
 

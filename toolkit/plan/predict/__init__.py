@@ -1,4 +1,4 @@
-"""Predicting a plan: trace -> local shapes -> costs -> simulated step, memory and traffic."""
+"""Predicting a plan: local shapes -> costs -> script -> simulated step, traffic, memory."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import replace
 from toolkit.cost.calibration import Calibration
 from toolkit.errors import InfeasibleError
 from toolkit.hardware import Cluster
-from toolkit.ir.graph import OpGraph
-from toolkit.plan import chain, costs, events, memory, simulate, traffic, transform
 from toolkit.plan.plan import Plan, Prediction
+from toolkit.plan.predict import costs, events, local, memory, script, simulate, traffic
 from toolkit.plan.subject import Subject
 
 
@@ -21,8 +20,8 @@ def predict(
     Raises InfeasibleError when the cluster has fewer devices than the plan has ranks.
     """
     check_fits(plan.num_ranks, cluster)
-    whole, local, regions = shapes(plan, subject)
-    run = simulate.run(events.tasks(plan, costs.Costs(plan, local, regions, cluster, calibration)))
+    made = scripted(plan, subject, cluster, calibration=calibration)
+    run = simulate.run(events.tasks(made))
     flops = costs.model_flops(subject.graph)
     peak = sum(cluster.device(rank).peak(plan.provenance.dtype) for rank in range(plan.num_ranks))
     return replace(
@@ -32,14 +31,11 @@ def predict(
             model_flops=flops,
             mfu=flops / (run.step_s * peak),
             bubble=run.bubble,
-            memory_bytes=tuple(
-                {name: round(size) for name, size in ledger.by_category.items()}
-                for ledger in memory.ledgers(plan, local, cluster)
-            ),
+            memory_bytes=memory.peaks(made),
             memory_limit_bytes=min(
                 cluster.device(rank).memory_bytes for rank in range(plan.num_ranks)
             ),
-            traffic=traffic.predict(plan, whole, regions),
+            traffic=traffic.predict(made),
         ),
     )
 
@@ -48,18 +44,18 @@ def simulated(
     plan: Plan, subject: Subject, cluster: Cluster, *, calibration: Calibration | None = None
 ) -> simulate.Run:
     """Return the simulated step itself, for its timeline."""
-    _, local, regions = shapes(plan, subject)
-    return simulate.run(events.tasks(plan, costs.Costs(plan, local, regions, cluster, calibration)))
+    made = scripted(plan, subject, cluster, calibration=calibration)
+    run = simulate.run(events.tasks(made))
+    return run.with_memory(memory.counters(made, run))
 
 
-def shapes(plan: Plan, subject: Subject) -> tuple[OpGraph, OpGraph, tuple[transform.Region, ...]]:
-    """Return the graph of one rank's microbatch, whole and as split, and its split regions."""
-    whole = subject.graph.at(batch=plan.microbatch)
-    num_tensor = plan.size("tensor")
-    if num_tensor == 1:
-        return whole, whole, ()
-    regions = transform.regions(whole, chain.segments(whole), num_tensor)
-    return whole, transform.local(whole, regions, num_tensor), regions
+def scripted(
+    plan: Plan, subject: Subject, cluster: Cluster, *, calibration: Calibration | None = None
+) -> script.Script:
+    """Return all that the plan's ranks do in one step, with its seconds on `cluster`."""
+    model = costs.Costs(plan, cluster, calibration)
+    graph, calls = local.split(plan, subject.graph.at(batch=plan.microbatch), model)
+    return script.of(plan, graph, calls, model)
 
 
 def check_fits(num_ranks: int, cluster: Cluster) -> None:

@@ -1,0 +1,144 @@
+"""The cost model applied to one plan: seconds of work and of communication, where they happen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from toolkit.cost import collective, roofline
+from toolkit.cost.calibration import Calibration
+from toolkit.cost.work import Work
+from toolkit.hardware import Cluster
+from toolkit.hardware.device import Device
+from toolkit.ir import backward, formulas
+from toolkit.ir.graph import OpGraph, item_bytes
+from toolkit.plan.plan import AxisName, Plan
+
+# What takes place on one rank side by side. Collectives inside a machine and across machines use
+# different wires on GPU clusters; messages between stages overtake both.
+Stream = Literal["compute", "network", "fabric", "peer"]
+
+# AdamW reads parameter, gradient and both moments, writes all but the gradient, and does about
+# 12 FLOPs an element (Loshchilov and Hutter 2019, algorithm 2).
+_ADAMW_FLOPS, _ADAMW_READS, _ADAMW_WRITES = 12, 4, 3
+
+
+@dataclass(frozen=True)
+class Call:
+    """One communication of a rank: `num_bytes` of the full tensor, or of the message."""
+
+    kind: str
+    num_bytes: int
+    seconds: float = 0.0
+    stream: Stream = "network"
+
+
+class Costs:
+    """What things take on the ranks of `plan` in `cluster`."""
+
+    def __init__(
+        self, plan: Plan, cluster: Cluster, calibration: Calibration | None = None
+    ) -> None:
+        self.plan = plan
+        self.cluster = cluster
+        self.calibration = calibration
+        self.kernels = kernels(cluster)
+        self._calls: dict[tuple[str, int, tuple[int, ...], int], float] = {}
+
+    @cached_property
+    def devices(self) -> tuple[Device, ...]:
+        """The device of each position of the pipeline axis: the slowest of the ranks there, which
+        the others wait for.
+        """
+        stride = self.plan.stride("pipeline")
+        dtype = self.plan.provenance.dtype
+        return tuple(
+            min(
+                {self.cluster.device(rank) for rank in range(first, first + stride)},
+                key=lambda device: device.peak(dtype),
+            )
+            for first in self.ranks
+        )
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The rank that stands for each position of the pipeline axis."""
+        return self.plan.along("pipeline")
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.cluster.device(0).kind == "cpu"
+
+    def seconds(self, work: Work, position: int) -> float:
+        return roofline.seconds(work, self.devices[position], calibration=self.calibration)
+
+    def group(self, axes: Sequence[AxisName], position: int) -> tuple[int, ...]:
+        """Return the ranks that a rank at `position` communicates with along `axes`."""
+        found = [self.ranks[position]]
+        for axis in axes:
+            found = [other for rank in found for other in self.plan.along(axis, rank)]
+        return tuple(sorted(found))
+
+    def call(self, kind: str, num_bytes: int, ranks: Sequence[int]) -> Call:
+        """Return a communication over `ranks`, while all like groups of the plan do the same."""
+        members = tuple(ranks)
+        return Call(kind, num_bytes, self._call_s(kind, num_bytes, members), self._stream(members))
+
+    def send(self, num_bytes: int, sender: int, receiver: int) -> Call:
+        """Return a message between two positions."""
+        ranks = (self.ranks[sender], self.ranks[receiver])
+        return Call("send", num_bytes, self._call_s("send", num_bytes, ranks), "peer")
+
+    def _call_s(self, kind: str, num_bytes: int, ranks: tuple[int, ...]) -> float:
+        if not num_bytes or len(ranks) == 1:
+            return 0.0
+        like = self._like(ranks[:1] if kind == "send" else ranks)
+        key = (kind, num_bytes, ranks, like)
+        if key not in self._calls:
+            self._calls[key] = collective.cost(
+                kind, num_bytes, ranks, self.cluster, concurrent=like
+            ).seconds
+        return self._calls[key]
+
+    def _like(self, ranks: tuple[int, ...]) -> int:
+        """How many groups like `ranks` share the first one's machine."""
+        first = self.cluster.place(ranks[0])
+        here = sum(self.cluster.place(rank).node_index == first.node_index for rank in ranks)
+        start = ranks[0] - first.local
+        used = min(self.plan.num_ranks, start + first.node.num_devices) - start
+        stride = self.plan.stride("pipeline")
+        return max(1, min(used, stride if len(ranks) == 1 else used) // here)
+
+    def _stream(self, ranks: tuple[int, ...]) -> Stream:
+        inside = self.is_cpu or len({self.cluster.place(rank).node_index for rank in ranks}) == 1
+        return "network" if inside else "fabric"
+
+    def update_s(self, parameter_bytes: float, position: int) -> float:
+        """Seconds of the AdamW update of that many bytes of parameters."""
+        item = item_bytes(self.plan.provenance.dtype)
+        work = Work(
+            "elementwise",
+            flops=_ADAMW_FLOPS * parameter_bytes / item,
+            read_bytes=_ADAMW_READS * parameter_bytes,
+            write_bytes=_ADAMW_WRITES * parameter_bytes,
+            dtype=self.plan.provenance.dtype,
+        )
+        return self.seconds(work, position)
+
+
+def kernels(cluster: Cluster) -> backward.Kernels:
+    """Return whose kernels run: they decide what backward keeps and computes again."""
+    return "cpu" if cluster.device(0).kind == "cpu" else "cuda"
+
+
+def model_flops(graph: OpGraph) -> float:
+    """Return forward and backward FLOPs of the matrix operators of the whole batch (MFU counts
+    neither recomputation nor element-wise work; PaLM, arXiv 2204.02311, appendix B).
+    """
+    counted = ("matmul", "attention", "conv")
+    works = [
+        work for op in graph.ops for work in (formulas.work(op, graph), *backward.work(op, graph))
+    ]
+    return sum(work.flops for work in works if work.op_class in counted)

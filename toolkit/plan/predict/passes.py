@@ -1,0 +1,144 @@
+"""What one microbatch does on one rank of a stage: computing, with the calls it waits for.
+
+A stage is a row of pieces (its blocks, and what lies around them); each piece has steps for every
+kind of action: F forward, B backward, I and W its halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from toolkit.cost.work import Work
+from toolkit.ir import backward, formulas
+from toolkit.ir.graph import Op, OpGraph
+from toolkit.plan.chain import Segment
+from toolkit.plan.predict.costs import Call, Costs
+
+
+@dataclass(frozen=True)
+class Step:
+    """Computing for `seconds`, then calls that the next step waits for."""
+
+    seconds: float
+    calls: tuple[Call, ...] = ()
+
+    @property
+    def total_s(self) -> float:
+        return self.seconds + sum(call.seconds for call in self.calls)
+
+
+Steps = tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One segment of a stage, for one microbatch. `unit` is what the data axis gathers and reduces
+    it with.
+    """
+
+    path: str | None
+    steps: Mapping[str, Steps]
+
+    @property
+    def unit(self) -> str:
+        return self.path or ""
+
+
+@dataclass(frozen=True)
+class OpCalls:
+    """Calls around single operators, by the operator's name: what splitting a model over ranks
+    makes forward and backward wait for.
+
+    `again` are those of `after` that recomputation repeats.
+    """
+
+    before: Mapping[str, tuple[Call, ...]] = field(default_factory=dict)
+    after: Mapping[str, tuple[Call, ...]] = field(default_factory=dict)
+    before_backward: Mapping[str, tuple[Call, ...]] = field(default_factory=dict)
+    after_backward: Mapping[str, tuple[Call, ...]] = field(default_factory=dict)
+    again: frozenset[str] = frozenset()
+
+
+class Passes:
+    """Makes the pieces of one position's stages. `local` is the graph of its shapes."""
+
+    def __init__(self, local: OpGraph, costs: Costs, calls: OpCalls, position: int) -> None:
+        self.local = local
+        self.costs = costs
+        self.calls = calls
+        self.position = position
+
+    @cached_property
+    def _frozen(self) -> OpGraph:
+        """The graph as the input's half of backward sees it: no parameter takes a gradient."""
+        tensors = {
+            name: replace(tensor, requires_grad=False) if tensor.role == "parameter" else tensor
+            for name, tensor in self.local.tensors.items()
+        }
+        return replace(self.local, tensors=tensors, scaling=None)
+
+    def piece(
+        self, segment: Segment, *, kinds: Container[str], recompute: bool, first: bool
+    ) -> Piece:
+        """Return a segment with steps for `kinds` of actions. The `first` stage sends no gradient
+        back: its I is empty and its W the whole backward, as torch's pipelining has it.
+        """
+        forward = self._forward(segment.ops)
+        steps: dict[str, Steps] = {"F": forward}
+        again = self._forward(segment.ops, again=True) if recompute else ()
+        whole = (*again, *self._backward(segment.ops, self.local))
+        if "B" in kinds:
+            steps["B"] = whole
+        if "I" in kinds and first:
+            steps["I"], steps["W"] = (), whole
+        elif "I" in kinds:
+            steps["I"] = (*again, *self._backward(segment.ops, self._frozen))
+            rest_s = sum(step.seconds for step in whole)
+            rest_s -= sum(step.seconds for step in steps["I"])
+            steps["W"] = (Step(max(0.0, rest_s)),)
+        return Piece(segment.path, steps)
+
+    def _forward(self, ops: Sequence[Op], *, again: bool = False) -> Steps:
+        steps = _Steps()
+        for op in ops:
+            steps.wait(self.calls.before.get(op.name, ()))
+            steps.compute(self._seconds((formulas.work(op, self.local),)))
+            if not again or op.name in self.calls.again:
+                steps.wait(self.calls.after.get(op.name, ()))
+        return steps.made
+
+    def _backward(self, ops: Sequence[Op], graph: OpGraph) -> Steps:
+        steps = _Steps()
+        for op in reversed(ops):
+            # Calls do not depend on which half of backward this is: they are the input's.
+            reached = op.name in self.local.differentiated
+            steps.wait(self.calls.before_backward.get(op.name, ()) if reached else ())
+            works = backward.work(op, graph, kernels=self.costs.kernels)
+            steps.compute(self._seconds(works))
+            steps.wait(self.calls.after_backward.get(op.name, ()) if reached else ())
+        return steps.made
+
+    def _seconds(self, works: Iterable[Work]) -> float:
+        return sum(self.costs.seconds(work, self.position) for work in works)
+
+
+class _Steps:
+    """Collects steps: computing goes on until something is waited for."""
+
+    def __init__(self) -> None:
+        self._done: list[Step] = []
+        self._seconds = 0.0
+
+    def compute(self, seconds: float) -> None:
+        self._seconds += seconds
+
+    def wait(self, calls: tuple[Call, ...]) -> None:
+        if calls:
+            self._done.append(Step(self._seconds, calls))
+            self._seconds = 0.0
+
+    @property
+    def made(self) -> Steps:
+        return (*self._done, Step(self._seconds))
