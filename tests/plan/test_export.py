@@ -39,7 +39,11 @@ def test_torchtitan_gets_the_mesh_the_schedule_and_the_batch(plans, tiny) -> Non
     )
     assert pipeline["pipeline_parallel_split_points"] == ["blocks.2"]
     training = torchtitan(plans["1f1b"], tiny)["training"]
-    assert training == {"local_batch_size": 8, "global_batch_size": 8, "seq_len": 256}
+    assert training == {
+        "local_batch_size": 8,
+        "global_batch_size": 8,
+        "seq_len": tiny.graph.sizes["tokens"],
+    }
 
 
 def test_every_degree_multiplies_to_the_number_of_ranks(plans, tiny) -> None:

@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 
 from toolkit import record
-from toolkit.errors import FormatError, ToolkitError, UsageError
+from toolkit.errors import FormatError, InfeasibleError, ToolkitError, UsageError
+from toolkit.hardware import find_cluster
 from toolkit.plan import io, library, planner, subject
 
 
 @pytest.mark.parametrize("strategy", library.STRATEGIES)
-def test_a_plan_comes_back_as_it_was(strategy: str, tiny, two_ranks, tmp_path: Path) -> None:
-    plan = planner.make(tiny, two_ranks, strategy, microbatches=2)
+def test_a_plan_comes_back_as_it_was(strategy: str, tiny, tmp_path: Path) -> None:
+    try:
+        plan = planner.make(tiny, find_cluster("cpux4"), strategy)
+    except InfeasibleError as error:
+        pytest.skip(str(error))
     io.save(plan, tmp_path / "plan.json")
     assert io.load(tmp_path / "plan.json") == plan
 

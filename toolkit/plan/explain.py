@@ -13,7 +13,7 @@ from toolkit.hardware import Cluster
 from toolkit.hardware.scaled import scaled
 from toolkit.plan import predict
 from toolkit.plan.plan import Alternative, Plan, Prediction
-from toolkit.plan.simulate import Run
+from toolkit.plan.predict.simulate import Run
 from toolkit.plan.subject import Subject
 
 # How much better hardware is asked for.
@@ -105,12 +105,15 @@ def spending(run: Run) -> tuple[Spent, ...]:
     found = []
     for rank in sorted({task.rank for task, _, _ in run.tasks}):
         busy: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+        inside_s = 0.0  # communication that a computing task waits for
         for task, start_s, end_s in run.tasks:
             if task.rank == rank and end_s > start_s:
                 busy[task.stream == "compute"].append((start_s, end_s))
+                inside_s += task.waiting_s
         compute_s = _covered(busy[True])
         either_s = _covered(busy[True] + busy[False])
-        found.append(Spent(rank, compute_s, either_s - compute_s, run.step_s - either_s))
+        exposed_s = either_s - compute_s + inside_s
+        found.append(Spent(rank, compute_s - inside_s, exposed_s, run.step_s - either_s))
     return tuple(found)
 
 

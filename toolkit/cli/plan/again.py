@@ -12,7 +12,7 @@ from toolkit.cli import view
 if TYPE_CHECKING:
     from toolkit.hardware import Cluster
     from toolkit.plan.plan import Plan
-    from toolkit.plan.simulate import Run
+    from toolkit.plan.predict.simulate import Run
     from toolkit.plan.subject import Subject
     from toolkit.timeline import Timeline
 
