@@ -6,6 +6,7 @@ Plans are written by module path; a block is one that the graph's folding found 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,10 +16,14 @@ from toolkit.ir.graph import Op, OpGraph, Tensor
 
 @dataclass(frozen=True)
 class Segment:
-    """Operators that follow one another in one block (`path`), or outside the blocks (None)."""
+    """Operators that follow one another in one block (`path`), or outside the blocks (None).
+
+    Whole blocks of one `structure` (see ir/fold.py) do the same work; "" is unlike any other.
+    """
 
     path: str | None
     ops: tuple[Op, ...]
+    structure: str = ""
 
 
 def blocks(graph: OpGraph) -> tuple[str, ...]:
@@ -46,14 +51,19 @@ def segments(graph: OpGraph) -> tuple[Segment, ...]:
     The siblings of a folded block are blocks too, though they may differ from it: the first reads
     the model's input, where the others read an activation.
     """
-    lists = {path.rpartition(".")[0] for block in graph.blocks() for path in block.paths}
+    structures = {path: block.digest for block in graph.blocks() for path in block.paths}
+    lists = {path.rpartition(".")[0] for path in structures}
     runs: list[tuple[str | None, list[Op]]] = []
     for op in graph.ops:
         path = _block_of(op.module_path, lists)
         if not runs or runs[-1][0] != path:
             runs.append((path, []))
         runs[-1][1].append(op)
-    return tuple(Segment(path, tuple(ops)) for path, ops in runs)
+    times = Counter(path for path, _ in runs)
+    return tuple(
+        Segment(path, tuple(ops), structures.get(path or "", "") if times[path] == 1 else "")
+        for path, ops in runs
+    )
 
 
 def _block_of(path: str, lists: set[str]) -> str | None:
@@ -128,7 +138,8 @@ def stage_segments(
             if place == ends[stage]:
                 stage += 1
             here = ops[: ends[stage] - place]
-            found[stage].append(Segment(segment.path, here))
+            whole = len(here) == len(segment.ops)
+            found[stage].append(segment if whole else Segment(segment.path, here))
             place += len(here)
             ops = ops[len(here) :]
     return tuple(tuple(stage) for stage in found)

@@ -14,6 +14,7 @@ from toolkit.hardware import Cluster
 from toolkit.hardware.device import Device
 from toolkit.ir import backward, formulas
 from toolkit.ir.graph import OpGraph, item_bytes
+from toolkit.plan import chain
 from toolkit.plan.plan import AxisName, Plan
 
 # What takes place on one rank side by side. Collectives inside a machine and across machines use
@@ -45,7 +46,8 @@ class Costs:
         self.cluster = cluster
         self.calibration = calibration
         self.kernels = kernels(cluster)
-        self._calls: dict[tuple[str, int, tuple[int, ...], int], float] = {}
+        self._seconds: dict[tuple[str, int, tuple[int, ...]], float] = {}
+        self._places: dict[tuple[int, ...], tuple[int, Stream]] = {}
 
     @cached_property
     def devices(self) -> tuple[Device, ...]:
@@ -84,36 +86,35 @@ class Costs:
     def call(self, kind: str, num_bytes: int, ranks: Sequence[int]) -> Call:
         """Return a communication over `ranks`, while all like groups of the plan do the same."""
         members = tuple(ranks)
-        return Call(kind, num_bytes, self._call_s(kind, num_bytes, members), self._stream(members))
+        like, stream = self._place(members)
+        return Call(kind, num_bytes, self._call_s(kind, num_bytes, members, like), stream)
 
     def send(self, num_bytes: int, sender: int, receiver: int) -> Call:
-        """Return a message between two positions."""
+        """Return a message between two positions, while all ranks there send theirs."""
         ranks = (self.ranks[sender], self.ranks[receiver])
-        return Call("send", num_bytes, self._call_s("send", num_bytes, ranks), "peer")
+        like = min(self._place(ranks[:1])[0], self.plan.stride("pipeline"))
+        return Call("send", num_bytes, self._call_s("send", num_bytes, ranks, like), "peer")
 
-    def _call_s(self, kind: str, num_bytes: int, ranks: tuple[int, ...]) -> float:
+    def _call_s(self, kind: str, num_bytes: int, ranks: tuple[int, ...], like: int) -> float:
         if not num_bytes or len(ranks) == 1:
             return 0.0
-        like = self._like(ranks[:1] if kind == "send" else ranks)
-        key = (kind, num_bytes, ranks, like)
-        if key not in self._calls:
-            self._calls[key] = collective.cost(
-                kind, num_bytes, ranks, self.cluster, concurrent=like
-            ).seconds
-        return self._calls[key]
+        key = (kind, num_bytes, ranks)
+        if key not in self._seconds:
+            found = collective.cost(kind, num_bytes, ranks, self.cluster, concurrent=like)
+            self._seconds[key] = found.seconds
+        return self._seconds[key]
 
-    def _like(self, ranks: tuple[int, ...]) -> int:
-        """How many groups like `ranks` share the first one's machine."""
-        first = self.cluster.place(ranks[0])
-        here = sum(self.cluster.place(rank).node_index == first.node_index for rank in ranks)
-        start = ranks[0] - first.local
-        used = min(self.plan.num_ranks, start + first.node.num_devices) - start
-        stride = self.plan.stride("pipeline")
-        return max(1, min(used, stride if len(ranks) == 1 else used) // here)
-
-    def _stream(self, ranks: tuple[int, ...]) -> Stream:
-        inside = self.is_cpu or len({self.cluster.place(rank).node_index for rank in ranks}) == 1
-        return "network" if inside else "fabric"
+    def _place(self, ranks: tuple[int, ...]) -> tuple[int, Stream]:
+        """How many groups like `ranks` share the first one's machine, and which wires they use."""
+        if ranks not in self._places:
+            places = [self.cluster.place(rank) for rank in ranks]
+            first = places[0]
+            here = sum(place.node_index == first.node_index for place in places)
+            start = ranks[0] - first.local
+            used = min(self.plan.num_ranks, start + first.node.num_devices) - start
+            inside = self.is_cpu or here == len(places)
+            self._places[ranks] = (max(1, used // here), "network" if inside else "fabric")
+        return self._places[ranks]
 
     def update_s(self, parameter_bytes: float, position: int) -> float:
         """Seconds of the AdamW update of that many bytes of parameters."""
@@ -138,7 +139,18 @@ def model_flops(graph: OpGraph) -> float:
     neither recomputation nor element-wise work; PaLM, arXiv 2204.02311, appendix B).
     """
     counted = ("matmul", "attention", "conv")
-    works = [
-        work for op in graph.ops for work in (formulas.work(op, graph), *backward.work(op, graph))
-    ]
-    return sum(work.flops for work in works if work.op_class in counted)
+    found = 0.0
+    alike: dict[str, float] = {}
+    for segment in chain.segments(graph):
+        flops = alike.get(segment.structure)
+        if flops is None:
+            flops = sum(
+                work.flops
+                for op in segment.ops
+                for work in (formulas.work(op, graph), *backward.work(op, graph))
+                if work.op_class in counted
+            )
+        if segment.structure:
+            alike[segment.structure] = flops
+        found += flops
+    return found

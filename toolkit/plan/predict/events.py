@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterator
 
 from toolkit.plan.order.action import Action
 from toolkit.plan.order.pipeline import needs
+from toolkit.plan.predict import simulate
 from toolkit.plan.predict.costs import Call
 from toolkit.plan.predict.passes import Step
 from toolkit.plan.predict.script import Held, Script, Use
@@ -59,6 +60,7 @@ class _Row:
         self.present = present
         self.rank = script.ranks[position]
         self.reduced: list[Hashable] = []
+        self._alone: dict[tuple[int, str], tuple[float, float]] = {}
         self.previous: dict[Action, Action] = {}
         row = script.order.rows[position]
         # The action that completes a stage's gradients here.
@@ -71,7 +73,10 @@ class _Row:
         )
         gathers = action.kind != "W" and any(use.unit.gather for use in held.uses)
         waits = tuple(self._waits(action))
-        if reduces or gathers or len(self.script.order.placement) == 1:
+        apart = reduces or gathers or len(self.script.order.placement) == 1
+        if apart and self.script.is_long and self.completes.get(action.stage) != action:
+            yield from self._summed(action, held, waits)
+        elif apart:
             yield from self._apart(action, held, waits)
         else:
             yield self._whole(action, held, waits)
@@ -101,7 +106,26 @@ class _Row:
             str(action), seconds - compute_s,
         )  # fmt: skip
 
-    def _apart(self, action: Action, held: Held, waits: tuple[Hashable, ...]) -> Iterator[Task]:
+    def _summed(self, action: Action, held: Held, waits: tuple[Hashable, ...]) -> Iterator[Task]:
+        """One task as long as the action takes alone; its reductions, if any, follow as another."""
+        slot = (action.stage, action.kind)
+        if slot not in self._alone:
+            run = simulate.run(self._apart(action, held, (), reduce=False))
+            compute_s = sum(step.seconds for p in held.pieces for step in p.steps[action.kind])
+            self._alone[slot] = (run.step_s, run.step_s - compute_s)
+        seconds, waiting_s = self._alone[slot]
+        end = (action, self.position)
+        group = _GROUPS[action.kind]
+        yield Task(end, self.rank, "compute", seconds, group, waits, str(action), waiting_s)
+        if action.kind in ("B", "W"):
+            calls = [c for use in held.uses if use.unit.each_microbatch for c in use.unit.reduce]
+            for number, call in enumerate(calls):
+                key = (end, "reduce", number)
+                yield Task(key, self.rank, call.stream, call.seconds, call.kind, (end,), call.kind)
+
+    def _apart(
+        self, action: Action, held: Held, waits: tuple[Hashable, ...], *, reduce: bool = True
+    ) -> Iterator[Task]:
         """A task for each step, with the gathers and reductions that run beside them."""
         # ends[i]: what ends the i-th piece of this action; its beginning stands first.
         ends: list[tuple[Hashable, ...]] = [waits]
@@ -121,7 +145,7 @@ class _Row:
             end: Hashable = (action, self.position) if last else (action, self.position, index)
             yield from self._steps(name, end, piece.steps[action.kind], action.kind, before)
             following: list[Hashable] = [end]
-            for use in held.uses if action.kind in ("B", "W") else ():
+            for use in held.uses if reduce and action.kind in ("B", "W") else ():
                 if use.unit.reduce and use.first == index and self._reduces(use, action):
                     key = ("reduce", use.unit.name, action, self.position)
                     yield from self._chain(key, use.unit.reduce, (end,), "", use)

@@ -7,7 +7,7 @@ passes through it. The peak is taken over time: it is no sum of the parts' own p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from toolkit.cost.memory import CATEGORIES
@@ -31,6 +31,10 @@ class Usage:
     activations: int = 0
     temporary: int = 0
     communication: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        pairs = zip(self.by_category.values(), other.by_category.values(), strict=True)
+        return Usage(*(mine + theirs for mine, theirs in pairs))
 
     @property
     def total(self) -> int:
@@ -85,30 +89,28 @@ class _Walk:
         self.begun: set[int] = set()  # stages whose backward has left gradients
         self.completes = {a.stage: a for a in self.row if a.kind in ("B", "W")}
         self.complete: set[int] = set()
+        self._extras: dict[tuple[int, str, bool, bool], Usage] = {}
 
     def run(self, action: Action) -> Usage:
         held = self.script.held[action.stage, self.position]
-        if held.life is None:
+        life = held.life
+        if life is None:
             return self._now()
         key = (action.stage, action.microbatch)
-        if action.kind == "F":
-            found = self._fullest(held, held.life.forward, action)
-            if action.stage not in self.script.order.no_grad:
-                self.alive[key] = held.life.kept
-            return found
         if action.kind == "W":
             found = self._now()
-            extra = held.life.owed
-            self.alive.pop(key, None)
+            del self.alive[key]
             self._left(action)
-            return replace(found, temporary=extra)
-        del self.alive[key]
-        found = self._fullest(held, held.life.backward, action)
-        if action.kind == "I":
-            # torch keeps the graph for W, and the gradients W starts from.
-            self.alive[key] = held.life.kept + held.life.owed
-        else:
+            return found
+        self.alive.pop(key, None)
+        found = self._now() + self._extra(held, action)
+        if action.kind == "B":
             self._left(action)
+        elif action.kind == "I":
+            # torch keeps the graph for W, and the gradients that W starts from.
+            self.alive[key] = life.kept + life.owed
+        elif action.stage not in self.script.order.no_grad:
+            self.alive[key] = life.kept
         return found
 
     def update(self) -> Usage:
@@ -147,54 +149,63 @@ class _Walk:
                 total += unit.gradient_bytes
         return total
 
-    def _fullest(self, held: Held, moments: Sequence[Moment], action: Action) -> Usage:
-        now = self._now()
+    def _extra(self, held: Held, action: Action) -> Usage:
+        """What an action holds at its fullest moment beyond what is held before it."""
+        last = self.completes.get(action.stage) == action
+        slot = (action.stage, action.kind, action.stage in self.begun, last)
+        if slot not in self._extras:
+            moments = self._moments(held, action, last)
+            self._extras[slot] = max((Usage(), *moments), key=lambda one: one.total)
+        return self._extras[slot]
+
+    def _moments(self, held: Held, action: Action, last: bool) -> Iterator[Usage]:
+        assert held.life is not None
         forward = action.kind == "F"
         num = len(held.pieces)
-        found = [now]
-        for at, moment in enumerate(moments):
+        for at, moment in enumerate(held.life.forward if forward else held.life.backward):
             index = at if forward else num - 1 - at
-            whole = sum(self._whole(use, index, forward) for use in held.uses)
-            if forward:
-                gradients = now.gradients
-            else:
-                gradients = now.gradients + self._arriving(held, action, index, moment)
-            found.append(
-                replace(
-                    now,
-                    gradients=gradients,
-                    activations=now.activations + moment.saved,
-                    temporary=moment.passing,
-                    communication=now.communication + whole,
-                )
+            yield Usage(
+                gradients=0 if forward else self._arriving(held, action, index, moment, last),
+                activations=moment.saved,
+                temporary=moment.passing,
+                communication=sum(self._whole(use, index, forward) for use in held.uses),
             )
-        return max(found, key=lambda one: one.total)
+        if not forward:  # at its end, before the buffers are given back
+            units = [use.unit for use in held.uses if use.unit.buffer_bytes]
+            yield Usage(gradients=sum(unit.buffer_bytes + unit.shard_bytes for unit in units))
 
     def _whole(self, use: Use, index: int, forward: bool) -> int:
-        """Bytes of a unit gathered while piece `index` runs: the root from its first use on, the
-        others while they run and, where gathers run ahead, one piece before.
+        """Bytes of a unit gathered while piece `index` runs.
+
+        The root stays gathered. FSDP2 gathers into one buffer and copies parameters out of it:
+        in forward it is kept beside them, in backward the buffer of the next unit is.
         """
-        if not use.unit.gather:
+        unit = use.unit
+        if not unit.gather:
             return 0
         if use.is_root:
-            return use.unit.whole_bytes
-        ahead = 1 if self.script.prefetch else 0
-        low, high = (use.first - ahead, use.last) if forward else (use.first, use.last + ahead)
-        return use.unit.whole_bytes if low <= index <= high else 0
+            return unit.whole_bytes
+        if use.first <= index <= use.last:
+            return unit.whole_bytes * (2 if forward else 1)
+        return 0 if forward or use.last + 1 != index else unit.whole_bytes
 
-    def _arriving(self, held: Held, action: Action, index: int, moment: Moment) -> int:
+    def _arriving(self, held: Held, action: Action, index: int, moment: Moment, last: bool) -> int:
         """Bytes of gradients beyond those the stage had, when piece `index` is at its fullest."""
-        last = self.completes.get(action.stage) == action
         total = 0
         scattered = 0
         for use in held.uses:
             unit = use.unit
-            if unit.gather and last and use.first > index:
-                # Reduced by now: its whole gradients are gone, its part is there.
+            done = use.first > index
+            if unit.buffer_bytes and use.last >= index:
+                # Whole until the backward is over; the part that arrives is beside it.
+                total += unit.buffer_bytes + (unit.shard_bytes if done else 0)
+            elif unit.gather and last and done:
+                # Reduced: the whole gradients are gone, the part is there. What was sent is
+                # freed when the next unit is reduced.
                 scattered += unit.gradient_bytes
-                total += unit.shard_bytes
+                total += unit.shard_bytes + (unit.gradient_bytes if use.first == index + 1 else 0)
                 if action.stage in self.begun:
                     total -= unit.gradient_bytes
         if action.stage in self.begun or any(use.unit.reserves for use in held.uses):
-            return total  # added in place; ZeRO-2's whole gradients are counted by its unit
+            return total  # what arrives is added to what is there
         return total + max(0, moment.gradients - scattered)

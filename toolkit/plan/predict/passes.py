@@ -62,13 +62,16 @@ class OpCalls:
 
 
 class Passes:
-    """Makes the pieces of one position's stages. `local` is the graph of its shapes."""
+    """Makes the pieces of one position's stages. `local` is the graph of its shapes; blocks of
+    one structure are worked out once.
+    """
 
     def __init__(self, local: OpGraph, costs: Costs, calls: OpCalls, position: int) -> None:
         self.local = local
         self.costs = costs
         self.calls = calls
         self.position = position
+        self._alike: dict[tuple[str, bool, bool], Mapping[str, Steps]] = {}
 
     @cached_property
     def _frozen(self) -> OpGraph:
@@ -85,6 +88,15 @@ class Passes:
         """Return a segment with steps for `kinds` of actions. The `first` stage sends no gradient
         back: its I is empty and its W the whole backward, as torch's pipelining has it.
         """
+        key = (segment.structure, recompute, first)
+        steps = self._alike.get(key) if segment.structure else None
+        if steps is None:
+            steps = self._alike[key] = self._steps(segment, kinds, recompute, first)
+        return Piece(segment.path, steps)
+
+    def _steps(
+        self, segment: Segment, kinds: Container[str], recompute: bool, first: bool
+    ) -> dict[str, Steps]:
         forward = self._forward(segment.ops)
         steps: dict[str, Steps] = {"F": forward}
         again = self._forward(segment.ops, again=True) if recompute else ()
@@ -98,7 +110,7 @@ class Passes:
             rest_s = sum(step.seconds for step in whole)
             rest_s -= sum(step.seconds for step in steps["I"])
             steps["W"] = (Step(max(0.0, rest_s)),)
-        return Piece(segment.path, steps)
+        return steps
 
     def _forward(self, ops: Sequence[Op], *, again: bool = False) -> Steps:
         steps = _Steps()

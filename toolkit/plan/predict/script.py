@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
+from toolkit.hardware.device import Device
 from toolkit.ir.graph import OpGraph, Tensor
 from toolkit.plan import chain
 from toolkit.plan.chain import Segment
@@ -22,6 +23,9 @@ from toolkit.plan.predict.alive import Alive, Life
 from toolkit.plan.predict.costs import Call, Costs
 from toolkit.plan.predict.passes import OpCalls, Passes, Piece
 from toolkit.plan.predict.units import Unit, units
+
+# Above this, an action is one task as long as it takes alone.
+_MOST_PIECES = 4096
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,18 @@ class Script:
     prefetch: bool = True
 
     @cached_property
+    def is_long(self) -> bool:
+        """Whether there is so much to run that one task must stand for an action's pieces."""
+        return (
+            sum(
+                len(self.held[action.stage, position].pieces)
+                for position, row in enumerate(self.order.rows)
+                for action in row
+            )
+            > _MOST_PIECES
+        )
+
+    @cached_property
     def previous(self) -> Mapping[tuple[Action, int], Action]:
         """What comes before an action in the row of a position; nothing before the first."""
         return {
@@ -113,8 +129,9 @@ def of(plan: Plan, local: OpGraph, calls: OpCalls, costs: Costs) -> Script:
     ]
     held: dict[tuple[int, int], Held] = {}
     updates = []
-    for position in range(len(order.rows)):
-        passes = Passes(local, costs, calls, position)
+    made: dict[Device, Passes] = {}
+    for position, device in enumerate(costs.devices):
+        passes = made.setdefault(device, Passes(local, costs, calls, position))
         taken: set[str] = set()
         updated = 0
         for stage in plan.held_stages(position):

@@ -44,6 +44,7 @@ class Unit:
     each_microbatch: bool = False
     after_update: tuple[Call, ...] = ()
     reserved_bytes: int = 0  # gradients in buffers that are there all along
+    buffer_bytes: int = 0  # and those that every backward fills and empties
 
     @property
     def reserves(self) -> bool:
@@ -108,6 +109,7 @@ class _Maker:
             each_microbatch=how == "shard_gradients",
             after_update=tuple(self.costs.call("all_gather", size, self.data) for size in padded),
             reserved_bytes=share if how == "shard_gradients" else share + sum(padded),
+            buffer_bytes=sum(padded) if how == "shard_gradients" else 0,
         )  # fmt: skip
 
     def _sharded(self, name: str, tensors: Sequence[Tensor]) -> Unit:
