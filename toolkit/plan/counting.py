@@ -1,14 +1,18 @@
-"""Counting what a step communicates, under the names and sizes that predictions use."""
+"""Counting what a step communicates, under the names and sizes that predictions use, and checking
+that the ranks fit together: who sends is received from, and collectives come in one order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
-from toolkit.plan.lower.compat import TorchDispatchMode
+from toolkit.plan.lower.compat import TorchDispatchMode, group_of
 
 _Arguments = tuple[Any, ...]
 
@@ -56,16 +60,27 @@ _NO_TRAFFIC = {
 }
 
 
+class Call(NamedTuple):
+    """One call on one rank: with the ranks of `group`, or with the one `peer` (else -1)."""
+
+    kind: str
+    num_bytes: int
+    group: tuple[int, ...]
+    peer: int = -1
+    tag: int = 0
+
+
 class Counter(TorchDispatchMode):
     """Counts the communication issued inside its block, on the calling rank.
 
-    `calls` maps each kind to (count, bytes of the full tensors). A communication op that is not
-    known is an error: it must not go uncounted.
+    `calls` maps each kind to (count, bytes of the full tensors); `log` has the calls in order. A
+    communication op that is not known is an error: it must not go uncounted.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[str, tuple[int, int]] = {}
+        self.log: list[Call] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: _Arguments = (), kwargs: Any = None
@@ -85,3 +100,75 @@ class Counter(TorchDispatchMode):
         kind, size = _KINDS[name]
         count, num_bytes = self.calls.get(kind, (0, 0))
         self.calls[kind] = (count + 1, num_bytes + size(args))
+        group = group_of(args)
+        ranks = tuple(dist.get_process_group_ranks(group))
+        if kind in ("send", "recv"):
+            self.log.append(Call(kind, size(args), ranks, ranks[int(args[2])], int(args[3])))
+        else:
+            self.log.append(Call(kind, size(args), ranks))
+
+
+def faults(logs: Sequence[Sequence[Call]]) -> tuple[str, ...]:
+    """Return where the calls of all ranks (`logs[rank]`) do not fit together; empty if they do.
+
+    Between two ranks, the n-th send under a tag must have the size of the n-th receive; the ranks
+    of a group must call its collectives in one order.
+
+    >>> send, receive = Call("send", 8, (0, 1), peer=1), Call("recv", 4, (0, 1), peer=0)
+    >>> faults([[send], [receive]])
+    ('message 0 from rank 0 to 1 has 8 bytes where it is sent and 4 where it is received',)
+    """
+    return (*_unpaired(logs), *_disordered(logs))
+
+
+def _unpaired(logs: Sequence[Sequence[Call]]) -> list[str]:
+    sent: dict[tuple[int, int, int], list[int]] = {}
+    received: dict[tuple[int, int, int], list[int]] = {}
+    for rank, log in enumerate(logs):
+        for call in log:
+            if call.kind == "send":
+                sent.setdefault((rank, call.peer, call.tag), []).append(call.num_bytes)
+            elif call.kind == "recv":
+                received.setdefault((call.peer, rank, call.tag), []).append(call.num_bytes)
+    found = []
+    for pair in sorted({*sent, *received}):
+        out, into = sent.get(pair, []), received.get(pair, [])
+        sender, receiver, _ = pair
+        if len(out) != len(into):
+            found.append(
+                f"rank {sender} sends {len(out)} messages to rank {receiver}, which receives "
+                f"{len(into)}"
+            )
+            continue
+        found += [
+            f"message {place} from rank {sender} to {receiver} has {size} bytes where it is sent "
+            f"and {other} where it is received"
+            for place, (size, other) in enumerate(zip(out, into, strict=True))
+            if size != other
+        ][:1]
+    return found
+
+
+def _disordered(logs: Sequence[Sequence[Call]]) -> list[str]:
+    groups: dict[tuple[int, ...], dict[int, list[Call]]] = {}
+    for rank, log in enumerate(logs):
+        for call in log:
+            if call.kind not in ("send", "recv"):
+                groups.setdefault(call.group, {}).setdefault(rank, []).append(call)
+    found = []
+    for ranks, calls in sorted(groups.items()):
+        first, *others = ranks
+        for other in others:
+            pairs = itertools.zip_longest(calls.get(first, []), calls.get(other, []))
+            for place, (one, two) in enumerate(pairs):
+                if one != two:
+                    found.append(
+                        f"collective {place} of ranks {list(ranks)} is {_name(one)} on rank "
+                        f"{first} and {_name(two)} on rank {other}"
+                    )
+                    break
+    return found
+
+
+def _name(call: Call | None) -> str:
+    return f"{call.kind} of {call.num_bytes} bytes" if call else "none"

@@ -86,15 +86,20 @@ def build(plan: Plan, here: Session, dtype: torch.dtype | None = None) -> nn.Mod
     return models.load(plan.provenance.model).build(here.device, wanted, seed=plan.seed)
 
 
-def example(plan: Plan, here: Session, *, batch: int, seed: int) -> Batch:
+def example(
+    plan: Plan, here: Session, *, batch: int, seed: int, dtype: torch.dtype | None = None
+) -> Batch:
     """Return `batch` random samples of the plan's sizes, by input name; equal on every rank."""
-    return _inputs(plan, batch, str(here.device), seed)
+    return _inputs(plan, batch, str(here.device), seed, dtype)
 
 
-def _inputs(plan: Plan, batch: int, device: str, seed: int) -> Batch:
+def _inputs(
+    plan: Plan, batch: int, device: str, seed: int, dtype: torch.dtype | None = None
+) -> Batch:
     model = models.load(plan.provenance.model)
     sizes: dict[str, Any] = {**plan.provenance.sizes, "batch": batch}
-    args, kwargs = model.example(**sizes, device=device, seed=seed)
+    wanted = dtype or getattr(torch, plan.provenance.dtype)
+    args, kwargs = model.example(**sizes, device=device, seed=seed, dtype=wanted)
     bound = inspect.signature(model.build().forward).bind(*args, **kwargs)
     # Two levels: a transformers forward takes some of its inputs as **kwargs.
     named = {**bound.arguments, **bound.arguments.get("kwargs", {})}
@@ -131,8 +136,20 @@ def prepare(plan: Plan, here: Session, *, dtype: torch.dtype | None = None) -> L
         build(plan, here, dtype),
         mesh,
         Recorder(here.rank),
-        example(plan, here, batch=plan.microbatch, seed=plan.seed),
+        example(plan, here, batch=plan.microbatch, seed=plan.seed, dtype=dtype),
     )
+
+
+def optimizer_groups(lowered: Lowered) -> list[dict[str, Any]]:
+    """Return what to give an optimizer of torch: parameters that lie alike, in a group each.
+
+    torch's optimizers run over many tensors at once, which must all be whole or over one mesh.
+    """
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in lowered.optimizer_parameters().values():
+        key = type(parameter.data), getattr(parameter, "device_mesh", None)
+        groups.setdefault(key, []).append(parameter)
+    return [{"params": group} for group in groups.values()]
 
 
 def timeline(lowered: Lowered, title: str) -> Timeline:

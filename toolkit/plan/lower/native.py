@@ -52,14 +52,14 @@ class Native(Lowered):
         if way in ("shard_optimizer", "shard_gradients"):
             self._gradients = Zero(
                 self.parameters,
-                tuple(_on_data(plan, way)),
+                _on_data(plan, way),
                 mesh.get_group("data"),
                 mesh.get_group("replica") if plan.size("replica") > 1 else None,
                 shard_gradients=way == "shard_gradients",
             )
         elif way == "replicate":
             group = groups.along(plan, ("replica", "data"), mesh)
-            self._gradients = Buckets(self.parameters, tuple(_on_data(plan, way)), group)
+            self._gradients = Buckets(self.parameters, _on_data(plan, way), group)
         rungs = [*([self._tensor.rung] if self._tensor else []), *([_RUNGS[way]] if way else [])]
         self.rung = f"native: {' + '.join(rungs) or 'one device'}"
 
@@ -156,7 +156,7 @@ def lower(
 
 def _way(plan: Plan) -> How | None:
     """How parameters lie over the data axis; every unit alike."""
-    ways: list[How] = [how for how in DATA_WAYS if any(_on_data(plan, how))]
+    ways: list[How] = [how for how in DATA_WAYS if _on_data(plan, how)]
     if len(ways) > 1:
         raise UsageError(
             f"units lie over the data axis as {' and '.join(ways)}, and this rung takes one way",
@@ -170,8 +170,10 @@ def _way(plan: Plan) -> How | None:
     return ways[0] if ways else None
 
 
-def _on_data(plan: Plan, how: How) -> Iterator[str]:
-    return (entry.module for entry in plan.placements if (entry.axis, entry.how) == ("data", how))
+def _on_data(plan: Plan, how: How) -> tuple[str, ...]:
+    return tuple(
+        entry.module for entry in plan.placements if (entry.axis, entry.how) == ("data", how)
+    )
 
 
 def _fully_shard(plan: Plan, module: nn.Module, mesh: DeviceMesh) -> tuple[FSDPModule, ...]:

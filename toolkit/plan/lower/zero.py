@@ -7,7 +7,7 @@ What is communicated, for m microbatches and P = bytes of a unit's trained param
 - ZeRO-1: one reduce-scatter of P a unit, in the last microbatch's backward. Until then every rank
   adds up whole gradients, as under data parallelism.
 - ZeRO-2: one reduce-scatter of P a unit and microbatch; what arrives is added to an n-th, and the
-  whole gradient is freed.
+  whole gradient is freed: those of two units are alive at most.
 - with a replica axis, each reduce-scatter is followed by an all-reduce of P / n over it.
 - after the optimizer's step, one all-gather of P a unit (`Zero.after_update`), which is no part of
   `Lowered.step` and so not of a prediction's traffic; its time is part of a training step's.
@@ -17,12 +17,13 @@ A unit whose parameters have several types has a buffer for each.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from toolkit.plan.lower.compat import relocate
 from toolkit.plan.lower.data import Gradients, Named, by_dtype, like, local, units
 from toolkit.plan.lower.lowered import whole
 from toolkit.plan.lower.piece import Piece
@@ -41,8 +42,9 @@ class Zero(Gradients):
         shard_gradients: bool,
     ) -> None:
         self.shard_gradients = shard_gradients
+        self._flying: Unit | None = None
         self.units = [
-            Unit(held, group, replicas, shard_gradients=shard_gradients)
+            Unit(held, group, replicas, self._before_launch, shard_gradients=shard_gradients)
             for unit in units(parameters, paths).values()
             for held in by_dtype(unit)
         ]
@@ -65,10 +67,19 @@ class Zero(Gradients):
         if last or self.shard_gradients:
             for unit in self.units:
                 unit.finish()
+            self._flying = None
 
     def after_update(self) -> None:
         for unit in self.units:
             unit.gather_parameters()
+
+    def _before_launch(self, unit: Unit) -> None:
+        """ZeRO-2 keeps whole gradients of two units at most: one that is being reduced, and one
+        that backward is filling.
+        """
+        if self.shard_gradients and self._flying is not None:
+            self._flying.finish()
+        self._flying = unit
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         for unit in self.units:
@@ -86,11 +97,13 @@ class Unit:
         parameters: Named,
         group: dist.ProcessGroup,
         replicas: dist.ProcessGroup | None,
+        before_launch: Callable[[Unit], None],
         *,
         shard_gradients: bool,
     ) -> None:
         self.parameters = dict(parameters)
         self.group, self.replicas = group, replicas
+        self.before_launch = before_launch
         self.shard_gradients = shard_gradients
         self.num_ranks = dist.get_world_size(group)
         sizes = [local(parameter).numel() for parameter in self.parameters.values()]
@@ -110,10 +123,9 @@ class Unit:
         self._work: dist.Work | None = None
         self._armed, self._waiting = False, 0
         for name, parameter in self.parameters.items():
-            kept = local(parameter)
             view = self._view(self.flat, name)
-            view.copy_(kept)
-            kept.data = view
+            view.copy_(local(parameter).detach())
+            relocate(parameter, view)
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._ready(name))
         self.pieces = {}
         for name, (start, end) in self.spans.items():
@@ -138,6 +150,8 @@ class Unit:
 
     def finish(self) -> None:
         """Wait for the reduction; start it first if some parameter took no part in the loss."""
+        if not self._armed:
+            return  # finished already
         if self._work is None:
             self._launch()
         assert self._work is not None
@@ -183,6 +197,7 @@ class Unit:
                 self._launch()
 
     def _launch(self) -> None:
+        self.before_launch(self)
         if self._whole is None:  # none of the unit took part in the loss
             self._whole = self._buffer()
         if self.shard_gradients:
