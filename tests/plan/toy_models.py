@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -59,3 +61,47 @@ class Uneven(nn.Module):
 
 def uneven(batch: int = 4):
     return Uneven(), (torch.randn(batch, 7), torch.randn(batch, 5)), {}
+
+
+class _Biased(nn.Module):
+    """A block that adds a bias made of a parameter alone, and hands it on."""
+
+    def __init__(self, width: int, *, makes: bool) -> None:
+        super().__init__()
+        self.ffn = _Half(width)
+        self.table = nn.Parameter(torch.randn(1, width)) if makes else None
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.table is not None:
+            bias = self.table.tanh()
+        return (x + self.ffn(x) if bias is None else x + self.ffn(x) * bias), bias
+
+
+class Biased(nn.Module):
+    """Eight blocks; the third makes a table of biases that all after it read, as T5's decoder does:
+    a stage sends something that nothing it received leads to.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Biased(8, makes=i == 2) for i in range(8))
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        bias = None
+        for layer in self.layers:
+            x, bias = layer(x, bias)
+        return functional.mse_loss(self.head(x), target)
+
+
+def biased(batch: int = 8):
+    return Biased(), (torch.randn(batch, 8), torch.randn(batch, 8)), {}
+
+
+def evoformer(batch: int = 8):
+    """An Evoformer that runs its blocks once: two tensors cross every border."""
+    from toolkit.models.evoformer import CONFIGS, Evoformer
+
+    config = replace(CONFIGS["evoformer-tiny"], num_layers=4, num_passes=1)
+    ids = torch.randint(0, 23, (batch, 4, 8))
+    return Evoformer(config), (ids, ids.clone(), torch.randint(0, 64, (batch, 8, 8))), {}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from toolkit.plan.order.action import Action
 from toolkit.timeline import Span
 
-GROUPS = {"F": "forward", "B": "backward"}
+GROUPS = {"F": "forward", "B": "backward", "I": "backward", "W": "weight gradient"}
 
 
 class Recorder:
