@@ -6,7 +6,20 @@ import sys
 from collections.abc import Callable, Mapping
 
 from toolkit.errors import unknown_name
-from toolkit.plan.library import data_parallel, fsdp, fsdp_tp, hsdp, megatron, one_f_one_b, zero
+from toolkit.plan.library import (
+    data_parallel,
+    dualpipe_v,
+    fsdp,
+    fsdp_tp,
+    gpipe,
+    hsdp,
+    interleaved,
+    megatron,
+    one_f_one_b,
+    zb_v,
+    zero,
+    zero_bubble,
+)
 from toolkit.plan.plan import Plan
 
 # strategy name -> the function that writes its plan
@@ -18,7 +31,12 @@ STRATEGIES: Mapping[str, Callable[..., Plan]] = {
     "hsdp": hsdp.plan,
     "tp": megatron.plan,
     "fsdp-tp": fsdp_tp.plan,
+    "gpipe": gpipe.plan,
     "1f1b": one_f_one_b.plan,
+    "interleaved": interleaved.plan,
+    "zb-h1": zero_bubble.plan,
+    "zb-v": zb_v.plan,
+    "dualpipe-v": dualpipe_v.plan,
 }
 
 
