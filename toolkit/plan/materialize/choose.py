@@ -27,13 +27,16 @@ def materialize(
     cluster: Cluster,
     *,
     absent: Literal["refuse", "zero"] = "refuse",
+    collectives: bool = False,
 ) -> Adapter:
     """Return the cheapest predicted adapter that gives every consumer its part of a tensor.
 
     Producers may be replicas, slices and partial sums, on any ranks; so may consumers, whose
     partial sums add up to the tensor whichever way they are asked for. Elements that nobody
-    produces are refused or, as in gradients, zero. Raises UsageError when the producers do not
-    make the tensor, or a view is not of it.
+    produces are refused or, as in gradients, zero. With `collectives`, ranks that hold and want
+    regular layouts among themselves use collectives even where sends are predicted to be quicker:
+    libraries run them better than the prices know. Raises UsageError when the producers do not make
+    the tensor, or a view is not of it.
     """
     for view in (*producers, *consumers):
         if view.tensor != tensor:
@@ -49,7 +52,9 @@ def materialize(
     found = None
     if held and wanted and not _in_place(holdings, consumers):
         found = regular.way(tensor, held, wanted, prices)
-    if found is not None and held and len(producers) * len(consumers) > _MANY:
+    many = len(producers) * len(consumers) > _MANY
+    among = collectives and held is not None and wanted is not None and held.keys() == wanted.keys()
+    if found is not None and held and (many or among):
         return regular.build(builder, inputs, held, consumers, found, prices)
     zeros = absent == "zero"
     plain = direct.build(builder, inputs, holdings, consumers, prices, zeros=zeros)

@@ -1,20 +1,21 @@
 """Operators that split further than by slicing alone, and how to run a part of any operator.
 
-Two operators do a little more when they run in parts, and then split along dims that ir.dims calls
-whole: a lookup in rows of a table skips the ids other parts hold, and a mean over some of the
-elements counts all of them.
+Three operators do a little more when they run in parts, and then split along dims that ir.dims
+calls whole: a lookup in rows of a table skips the ids other parts hold, a mean over some of the
+elements counts all of them, and causal attention of some of the queries reads no key after them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from toolkit.errors import ToolkitError, UsageError
 from toolkit.ir import dims, splits
 from toolkit.ir.dims import Annotation, Kind
+from toolkit.ir.formulas import ATTENTION
 from toolkit.ir.graph import Argument, Op, OpGraph, Ref
 from toolkit.plan.tensors import Interval, Mask
 
@@ -34,6 +35,8 @@ def annotation(op: Op, graph: OpGraph) -> Annotation:
     if op.kind == _MEAN:
         kept = {name for axis in found.outputs[0] for name in axis}
         return _summed(found, [name for name in found.sizes if name not in kept])
+    if op.kind == ATTENTION and op.arguments["is_causal"]:
+        return _queries(found)
     if op.kind == _LOSS and _is_mean(op):
         # Every part reads all targets: the mean is over those that are not ignored.
         rows = found.inputs[1]
@@ -49,6 +52,12 @@ def annotation(op: Op, graph: OpGraph) -> Annotation:
     return found
 
 
+def _queries(found: Annotation) -> Annotation:
+    """Causal attention: its queries split, as each part knows which keys come before them."""
+    tokens = found.outputs[0][2]
+    return replace(found, kinds={**found.kinds, **dict.fromkeys(tokens, "")})
+
+
 def _is_mean(op: Op) -> bool:
     return bool(op.arguments["reduction"] == 1)
 
@@ -58,6 +67,10 @@ def _summed(found: Annotation, names: Sequence[str]) -> Annotation:
     kinds: dict[str, Kind] = {**found.kinds}
     kinds.update({name: "+" for name in names if name not in inner})
     return replace(found, kinds=kinds)
+
+
+# A part as a function of its slices.
+Runner = Callable[..., tuple["torch.Tensor", ...]]
 
 
 def run(
@@ -72,26 +85,44 @@ def run(
     Raises UsageError for an operator that draws random numbers, ToolkitError when it cannot be run
     in parts on copies of its inputs.
     """
-    from toolkit.ir import interpret
-
     _check_repeatable(op)
-    places = iter(range(len(inputs)))
+    return prepare(op, found, region, outputs)(*inputs)
+
+
+def prepare(
+    op: Op, found: Annotation, region: Mapping[str, Interval], outputs: Sequence[Mask]
+) -> Runner:
+    """Return the function that runs a part of `op` on its slices of the inputs, given in the order
+    of `op.inputs`: everything that does not depend on their values is worked out once.
+    """
+    places = iter(range(len(op.inputs)))
     arguments = {key: _renamed(value, places) for key, value in op.arguments.items()}
     sized = splits.SHAPE_ARGUMENTS.get(op.kind)
     if sized is not None and outputs:
         arguments[sized] = outputs[0].shape
-    held = {f"{index}": value for index, value in enumerate(inputs)}
     if op.kind == _LOOKUP and found.inputs[0][0] and found.inputs[0][0][0] in region:
-        return _lookup(found, region, inputs)
+        return lambda *inputs: _lookup(found, region, inputs)
     if op.kind == _LOSS and _is_mean(op) and region:
-        return _loss(op, found, region, inputs)
-    rewrites = any("@" in name for name in op.outputs)
-    if rewrites:
-        held = {name: value.clone() for name, value in held.items()}
-    results = interpret.call(replace(op, arguments=arguments), held)
+        return lambda *inputs: _loss(op, found, region, inputs)
+    if op.kind == ATTENTION and op.arguments["is_causal"] and "t" in region:
+        return lambda *inputs: _causal(op, region["t"], inputs)
+    from toolkit.plan.program import call as calls
+
+    part = replace(op, arguments=arguments)
+    if any("@" in name for name in op.outputs):
+        return lambda *inputs: _in_place(part, op, inputs)
+    call = calls.caller(part)
     if op.kind == _MEAN:
-        return (results[0] * _fraction(found, region),)
-    return _outputs(op, held, results) if rewrites else results
+        fraction = _fraction(found, region)
+        return lambda *inputs: (call(*inputs)[0] * fraction,)
+    return call
+
+
+def _in_place(part: Op, op: Op, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    from toolkit.ir import interpret
+
+    held = {str(index): value.clone() for index, value in enumerate(inputs)}
+    return _outputs(op, held, interpret.call(part, held))
 
 
 def _renamed(argument: Argument, places: Iterator[int]) -> Argument:
@@ -143,6 +174,23 @@ def _lookup(
     absent = (local < 0) | (local >= table.shape[0])
     rows = table[local.masked_fill(absent, 0)]
     return (rows.masked_fill(absent.unsqueeze(-1), 0.0),)
+
+
+def _causal(op: Op, queries: Interval, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Attention of the queries [start, end) to the keys before `end`, each to those up to itself
+    (as in context parallelism by tokens: keys and values are gathered, queries stay).
+    """
+    import torch
+    import torch.nn.functional as F  # noqa: N812
+
+    query, key, value = inputs
+    start, end = queries
+    mask = torch.ones(end - start, end, dtype=torch.bool, device=query.device).tril(start)
+    options = {name: op.arguments[name] for name in ("scale", "enable_gqa")}
+    made = F.scaled_dot_product_attention(
+        query, key[:, :, :end], value[:, :, :end], attn_mask=mask, **options
+    )
+    return (made,)
 
 
 def _loss(

@@ -1,0 +1,180 @@
+"""A segment made ready to run: torch functions over numbered places, each freed at its last use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from toolkit.plan.lower.program.exchange import Slot
+from toolkit.plan.lower.program.move import put_together
+from toolkit.plan.lower.program.script import Call, Key, Read, Segment, Value
+from toolkit.plan.lower.program.weights import Weight
+from toolkit.plan.lower.program.write import Written
+from toolkit.plan.program import rules
+from toolkit.plan.tensors import Mask
+
+# (name of an input or a buffer, which part of it) -> the tensor
+Sources = Callable[[str, Mask], Tensor]
+# A place is filled by a weight's part, a source's part, or what was made before.
+_Source = tuple[str, Mask, Slot | None]
+
+
+class _Enter(torch.autograd.Function):
+    """Where a value enters a segment: the same value, with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: object, anchor: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        return None, gradient
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a segment leaves for its backward: where gradients leave autograd, and enter it."""
+
+    values: tuple[tuple[Key, GradientEdge], ...]
+    weights: tuple[tuple[Weight, Slot, GradientEdge], ...]
+    leaves: tuple[tuple[Value, GradientEdge], ...]
+
+
+@dataclass(frozen=True)
+class _Step:
+    run: Callable[..., Sequence[Tensor]]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    dead: tuple[int, ...]
+
+
+class Kernel:
+    """One segment on one rank."""
+
+    def __init__(self, segment: Segment, written: Written, weights: Mapping[str, Weight]) -> None:
+        self.segment = segment
+        self.graph = written.graph
+        self.weights = weights
+        self._places: dict[object, int] = {}
+        self.sources: list[tuple[int, _Source]] = []
+        steps: list[tuple[Callable[..., Sequence[Tensor]], list[int], list[int]]] = []
+        for call in segment.calls:
+            reads = [self._read(read, steps) for read in call.reads]
+            writes = [self._place((value, ())) for value in call.writes]
+            run = rules.prepare(
+                call.op, written.annotations[call.op.name], call.part.region,
+                written.outputs(call.part),
+            )  # fmt: skip
+            steps.append((run, reads, writes))
+        self.enters = [(self._place(key), key) for key in segment.enters]
+        self.leaves = [(self._place((value, ())), value) for value in segment.leaves]
+        self.steps = _with_dead(steps, {place for place, _ in self.leaves})
+
+    def _place(self, key: object) -> int:
+        return self._places.setdefault(key, len(self._places))
+
+    def _read(
+        self,
+        read: Read,
+        steps: list[tuple[Callable[..., Sequence[Tensor]], list[int], list[int]]],
+    ) -> int:
+        """The place an input is read from, with the step that puts it there if one is needed."""
+        if not read.keys:
+            source: _Source = (read.tensor, read.mask, read.slot)
+            if source not in self._places:
+                self.sources.append((self._place(source), source))
+            return self._place(source)
+        key = read.keys[0]
+        if len(read.keys) == 1 and key[0].box == read.mask.box:
+            return self._place(key)
+        together = "together", read.tensor, read.mask
+        if together not in self._places:
+            masks = [Mask(value.box) for value, _ in read.keys]
+            target = Mask(read.mask.box)
+
+            def run(*values: Tensor) -> tuple[Tensor, ...]:
+                return (put_together(target, masks, values),)
+
+            steps.append((run, [self._place(key) for key in read.keys], [self._place(together)]))
+        return self._place(together)
+
+    def run(
+        self,
+        values: Mapping[Value, Tensor],
+        sources: Sources,
+        anchor: Tensor | None,
+    ) -> tuple[list[tuple[Value, Tensor]], Trace | None]:
+        """Run on values made before; return those that leave, and with an `anchor` (a scalar that
+        needs a gradient) the trace for backward.
+        """
+        held: list[Tensor | None] = [None] * len(self._places)
+        entered, weighed = [], []
+        for place, key in self.enters:
+            value = values[key[0]]
+            if anchor is not None and self.graph.tensors[key[0].tensor].requires_grad:
+                value = _Enter.apply(anchor, value)
+                entered.append((key, get_gradient_edge(value)))
+            held[place] = value
+        for place, (name, mask, slot) in self.sources:
+            weight = self.weights.get(name)
+            value = weight.part(mask) if weight else sources(name, mask)
+            if weight and slot is not None and anchor is not None:
+                value = _Enter.apply(anchor, value)
+                weighed.append((weight, slot, get_gradient_edge(value)))
+            held[place] = value
+        for step in self.steps:
+            made = step.run(*[held[place] for place in step.reads])
+            for place, result in zip(step.writes, made, strict=True):
+                held[place] = result
+            for place in step.dead:
+                held[place] = None
+        leaving, edges = [], []
+        for place, made_as in self.leaves:
+            left = held[place]
+            assert left is not None
+            if left.requires_grad:
+                edges.append((made_as, get_gradient_edge(left)))
+                left = left.detach()
+            leaving.append((made_as, left))
+        if anchor is None:
+            return leaving, None
+        return leaving, Trace(tuple(entered), tuple(weighed), tuple(edges))
+
+
+def backward(trace: Trace, gradients: dict[Key, Tensor]) -> None:
+    """Run a segment's backward: read the gradients of what left it, add those of what entered."""
+    roots = [(edge, gradients[value, ()]) for value, edge in trace.leaves
+             if (value, ()) in gradients]  # fmt: skip
+    targets = [edge for _, edge in trace.values] + [edge for _, _, edge in trace.weights]
+    if not roots or not targets:
+        return
+    found = torch.autograd.grad(
+        [edge for edge, _ in roots], targets, [given for _, given in roots], allow_unused=True
+    )
+    for (key, _), value in zip(trace.values, found, strict=False):
+        if value is not None:
+            before = gradients.get(key)
+            gradients[key] = value if before is None else before + value
+    for (weight, slot, _), value in zip(trace.weights, found[len(trace.values) :], strict=True):
+        if value is not None:
+            weight.add(slot, value)
+
+
+def _with_dead(
+    steps: Sequence[tuple[Callable[..., Sequence[Tensor]], list[int], list[int]]], kept: set[int]
+) -> list[_Step]:
+    """The steps with the places that nothing reads after each."""
+    seen = set(kept)
+    found = []
+    for run, reads, writes in reversed(steps):
+        dead = tuple(place for place in dict.fromkeys((*reads, *writes)) if place not in seen)
+        seen.update(dead)
+        found.append(_Step(run, tuple(reads), tuple(writes), dead))
+    return found[::-1]
+
+
+__all__ = ["Call", "Kernel", "Sources", "Trace", "backward"]

@@ -1,0 +1,410 @@
+"""What one rank does in a stage, step by step: data that the executor runs and predictions walk.
+
+Values are parts of tensors in the memory of the rank. A segment is a stretch of operators without
+communication, and one piece of autograd; moves bring values from rank to rank between segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+from toolkit.ir.graph import Op
+from toolkit.plan.lower.program.exchange import Exchange, Exchanges, Slot, slot
+from toolkit.plan.lower.program.outline import Again, Node, Ops, Region, outline
+from toolkit.plan.lower.program.write import Written
+from toolkit.plan.program.part import Part
+from toolkit.plan.tensors import Box, Mask
+
+
+class Value(NamedTuple):
+    """A part of a tensor: as an operator of the stage `made` it, or as an exchange delivered it."""
+
+    tensor: str
+    box: Box
+    source: int  # -1 for what the stage itself made, else the stage it came from
+
+
+# What gradients are added up under: a value, and for one that was delivered its slot.
+Key = tuple[Value, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Read:
+    """How an input is come by: a part of a source, a value as it is, or put together from several
+    that the stage made.
+    """
+
+    tensor: str
+    mask: Mask
+    keys: tuple[Key, ...]  # none for a source
+    slot: Slot | None  # of a weight's gradient
+
+
+@dataclass(frozen=True)
+class Call:
+    """One part of an operator."""
+
+    op: Op
+    part: Part
+    reads: tuple[Read, ...]
+    writes: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Calls that are one piece of autograd. `enters` are what it takes of values made before,
+    `leaves` what others take of what it makes.
+    """
+
+    name: int
+    calls: tuple[Call, ...]
+    enters: tuple[Key, ...]
+    leaves: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Move:
+    """An exchange that communicates: all of it, or the half on the side of who made the tensor
+    (`depart`) or of who reads it (`arrive`).
+    """
+
+    name: int
+    rank: int
+    exchange: Exchange
+    half: Literal["all", "depart", "arrive"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Items whose segments keep nothing: they run again before their backward.
+
+    `needed` are the values that enter; `again[i]` tells whether item i has to run again.
+    """
+
+    name: int
+    items: tuple[Item, ...]
+    needed: tuple[Value, ...]
+    again: tuple[bool, ...]
+    makes: tuple[Value, ...]
+
+    @cached_property
+    def dropped(self) -> tuple[Value, ...]:
+        """What is made inside and read nowhere else."""
+        inside = dict.fromkeys(value for item in self.items for value in makes_of(item))
+        return tuple(value for value in inside if value not in self.makes)
+
+
+Item = Segment | Move | Unit
+
+
+@dataclass(frozen=True)
+class Script:
+    """A stage on one rank: items in the order of forward, arrivals first and departures last."""
+
+    stage: int
+    rank: int
+    items: tuple[Item, ...]
+    learns: bool
+    loss: tuple[Value, ...]
+
+    @cached_property
+    def last_uses(self) -> tuple[tuple[Value, ...], ...]:
+        """After each item: the values that nothing reads any more."""
+        last: dict[Value, int] = {}
+        for index, item in enumerate(self.items):
+            for value in (*reads_of(item), *makes_of(item)):
+                last[value] = index
+        for value in self.loss:
+            last.pop(value, None)
+        found: list[list[Value]] = [[] for _ in self.items]
+        for value, index in last.items():
+            found[index].append(value)
+        return tuple(map(tuple, found))
+
+
+def reads_of(item: Item) -> tuple[Value, ...]:
+    """Return the values an item takes."""
+    if isinstance(item, Segment):
+        return tuple(dict.fromkeys(value for value, _ in item.enters))
+    if isinstance(item, Unit):
+        return item.needed
+    return () if item.half == "arrive" else made_values(item.exchange, item.rank)
+
+
+def makes_of(item: Item) -> tuple[Value, ...]:
+    """Return the values an item gives."""
+    if isinstance(item, Segment):
+        return item.leaves
+    if isinstance(item, Unit):
+        return item.makes
+    return () if item.half == "depart" else wanted_values(item.exchange, item.rank)
+
+
+def made_values(exchange: Exchange, rank: int) -> tuple[Value, ...]:
+    """Return what a rank puts into an exchange."""
+    return tuple(
+        dict.fromkeys(
+            Value(exchange.tensor, mask.box, -1) for owner, mask in exchange.made if rank == owner
+        )
+    )
+
+
+def wanted_values(exchange: Exchange, rank: int) -> tuple[Value, ...]:
+    """Return what a rank gets of an exchange."""
+    return tuple(
+        dict.fromkeys(
+            Value(exchange.tensor, mask.box, exchange.source)
+            for owner, mask in exchange.wanted
+            if rank == owner
+        )
+    )
+
+
+def moves(items: Sequence[Item]) -> Iterator[tuple[Move, bool]]:
+    """Yield the moves of a forward pass in order: (move, False)."""
+    for item in items:
+        if isinstance(item, Move):
+            yield item, False
+        elif isinstance(item, Unit):
+            yield from moves(item.items)
+
+
+def backward_moves(items: Sequence[Item]) -> Iterator[tuple[Move, bool]]:
+    """Yield the moves of a backward pass in order; True for those of gradients, False for those
+    of units that run again.
+    """
+    for item in reversed(items):
+        if isinstance(item, Move):
+            if item.exchange.backward is not None:
+                yield item, True
+        elif isinstance(item, Unit):
+            for inner, again in zip(item.items, item.again, strict=True):
+                if again and isinstance(inner, Move):
+                    yield inner, False
+                elif again and isinstance(inner, Unit):
+                    yield from moves(inner.items)
+            yield from backward_moves(item.items)
+
+
+class Stages:
+    """The scripts of all stages and ranks of a written plan."""
+
+    def __init__(self, written: Written, exchanges: Exchanges) -> None:
+        self.written = written
+        self.exchanges = exchanges
+        self.outlines = tuple(outline(written, stage) for stage in range(len(written.ops)))
+        self.maker: tuple[dict[str, Op], ...] = tuple(
+            {name: op for op in ops for name in op.outputs} for ops in written.ops
+        )
+        self.own = self._owners()
+        self._inside: dict[tuple[str, int], Exchange] = {}
+        self.edges = self._edges()
+
+    def _owners(self) -> dict[str, int]:
+        """Tensor -> the stage that makes it for others: the first that does."""
+        found: dict[str, int] = {}
+        for stage, ops in enumerate(self.written.ops):
+            for op in ops:
+                for name in op.outputs:
+                    found.setdefault(name, stage)
+        return found
+
+    def _edges(self) -> tuple[Exchange, ...]:
+        """The exchanges between stages, in the order of their tensors and readers."""
+        found = []
+        for name, source in self.own.items():
+            for target, ops in enumerate(self.written.ops):
+                reads = any(name in op.inputs for op in ops)
+                if reads and name not in self.maker[target]:
+                    found.append(self.exchanges.between(name, source, target))
+        return tuple(found)
+
+    def inside(self, tensor: str, stage: int) -> Exchange:
+        """Return the exchange of a tensor within a stage."""
+        if (tensor, stage) not in self._inside:
+            self._inside[tensor, stage] = self.exchanges.between(tensor, stage, stage)
+        return self._inside[tensor, stage]
+
+    def script(self, stage: int, rank: int) -> Script:
+        """Return what `rank` does in a stage."""
+        return _Writer(self, stage, rank).script()
+
+
+class _Writer:
+    """Writes the script of one stage on one rank."""
+
+    def __init__(self, stages: Stages, stage: int, rank: int) -> None:
+        self.stages = stages
+        self.written = stages.written
+        self.graph = stages.written.graph
+        self.stage, self.rank = stage, rank
+        self.count = 0
+        self.moved: set[str] = set()
+
+    def script(self) -> Script:
+        edges = self.stages.edges
+        items: list[Item] = [
+            Move(self._number(), self.rank, edge, "arrive")
+            for edge in edges
+            if edge.target == self.stage
+        ]
+        for node in self.stages.outlines[self.stage]:
+            items += self._node(node)
+        items += [
+            Move(self._number(), self.rank, edge, "depart")
+            for edge in edges
+            if edge.source == self.stage
+        ]
+        output = self.graph.outputs[0]
+        loss: tuple[Value, ...] = ()
+        if self.stages.own.get(output) == self.stage:
+            maker = self.graph.producer[output]
+            masks = [
+                self.written.outputs(part)[maker.outputs.index(output)]
+                for part in self.written.parts[self.stage][maker.name][self.rank]
+            ]
+            loss = tuple(dict.fromkeys(Value(output, mask.box, -1) for mask in masks))
+        learns = not self.written.plan.stages[self.stage].no_grad and any(
+            op.name in self.graph.differentiated for op in self.written.ops[self.stage]
+        )
+        finished = _with_leaves(items, loss)
+        return Script(self.stage, self.rank, tuple(finished), learns, loss)
+
+    def _number(self) -> int:
+        self.count += 1
+        return self.count
+
+    def _node(self, node: Node) -> list[Item]:
+        if isinstance(node, Ops):
+            return self._ops(node.ops)
+        if isinstance(node, Region):
+            return self._region(node)
+        return self._again(node)
+
+    def _again(self, node: Again) -> list[Item]:
+        inside = {name for part in node.nodes for op in part.ops for name in op.outputs}
+        items: list[Item] = []
+        for part in node.nodes:
+            for op in part.ops:
+                items += self._moves(op, [name for name in op.inputs if name not in inside])
+        inner = [item for part in node.nodes for item in self._node(part)]
+        return [*items, self._unit(inner)]
+
+    def _region(self, node: Region) -> list[Item]:
+        items: list[Item] = []
+        for op in node.ops:
+            inside = {name for one in node.ops for name in one.outputs}
+            items += self._moves(op, [name for name in op.inputs if name not in inside])
+        region = frozenset(name for op in node.ops for name in op.outputs)
+        for index in range(node.parts):
+            calls = [self._call(op, index, region) for op in node.ops]
+            items.append(self._unit([self._segment(calls)]))
+        return items
+
+    def _unit(self, items: list[Item]) -> Unit:
+        return Unit(self._number(), tuple(items), (), (), ())
+
+    def _ops(self, ops: Sequence[Op]) -> list[Item]:
+        items: list[Item] = []
+        calls: list[Call] = []
+        for op in ops:
+            found = self._moves(op, op.inputs)
+            if found and calls:
+                items.append(self._segment(calls))
+                calls = []
+            items += found
+            for index in range(len(self.written.parts[self.stage][op.name][self.rank])):
+                calls.append(self._call(op, index))
+        if calls:
+            items.append(self._segment(calls))
+        return items
+
+    def _moves(self, op: Op, names: Sequence[str]) -> list[Item]:
+        """The moves that `op` still waits for."""
+        found: list[Item] = []
+        for name in dict.fromkeys(names):
+            if name in self.moved or name not in self.stages.maker[self.stage]:
+                continue
+            exchange = self.stages.inside(name, self.stage)
+            if not exchange.is_local:
+                self.moved.add(name)
+                found.append(Move(self._number(), self.rank, exchange, "all"))
+        return found
+
+    def _call(self, op: Op, index: int, region: frozenset[str] = frozenset()) -> Call:
+        part = self.written.parts[self.stage][op.name][self.rank][index]
+        reads = tuple(
+            self._read(op, part, name, mask, region)
+            for name, mask in zip(op.inputs, self.written.inputs(part), strict=True)
+        )
+        writes = tuple(
+            Value(name, mask.box, -1)
+            for name, mask in zip(op.outputs, self.written.outputs(part), strict=True)
+        )
+        return Call(op, part, reads, writes)
+
+    def _read(self, op: Op, part: Part, name: str, mask: Mask, region: frozenset[str]) -> Read:
+        learns = op.name in self.graph.differentiated and self.graph.tensors[name].requires_grad
+        own = slot(self.written, self.stage, self.rank, part, mask) if learns else None
+        if name not in self.graph.producer:
+            return Read(name, mask, (), own)
+        alike = own.alike if own else ()
+        if name in region:
+            return Read(name, mask, ((Value(name, mask.box, -1), ()),), None)
+        if name not in self.stages.maker[self.stage]:
+            value = Value(name, mask.box, self.stages.own[name])
+            return Read(name, mask, ((value, alike),), None)
+        exchange = self.stages.inside(name, self.stage)
+        if not exchange.is_local:
+            return Read(name, mask, ((Value(name, mask.box, self.stage), alike),), None)
+        keys = tuple((value, ()) for value in made_values(exchange, self.rank))
+        return Read(name, mask, keys, None)
+
+    def _segment(self, calls: Sequence[Call]) -> Segment:
+        made: set[Value] = set()
+        enters: dict[Key, None] = {}
+        for call in calls:
+            for read in call.reads:
+                for key in read.keys:
+                    if key[0] not in made:
+                        enters[key] = None
+            made.update(call.writes)
+        leaves = tuple(dict.fromkeys(value for call in calls for value in call.writes))
+        return Segment(self._number(), tuple(calls), tuple(enters), leaves)
+
+
+def _with_leaves(items: Sequence[Item], after: Sequence[Value]) -> list[Item]:
+    """The items with what leaves them cut down to what is read afterwards (`after` is at the end),
+    and what enters units.
+    """
+    found: list[Item] = []
+    wanted = set(after)
+    for item in reversed(items):
+        done = _cut(item, wanted)
+        found.append(done)
+        wanted.update(reads_of(done))
+    return found[::-1]
+
+
+def _cut(item: Item, wanted: set[Value]) -> Item:
+    if isinstance(item, Segment):
+        leaves = tuple(value for value in item.leaves if value in wanted)
+        return Segment(item.name, item.calls, item.enters, leaves)
+    if isinstance(item, Move):
+        return item
+    inner = _with_leaves(item.items, tuple(wanted))
+    made: set[Value] = set()
+    needed: dict[Value, None] = {}
+    for one in inner:
+        needed.update(dict.fromkeys(value for value in reads_of(one) if value not in made))
+        made.update(makes_of(one))
+    again = []
+    for index, one in enumerate(inner):
+        read = {value for later in inner[index + 1 :] for value in reads_of(later)}
+        again.append(isinstance(one, Segment) or not read.isdisjoint(makes_of(one)))
+    makes = tuple(value for value in dict.fromkeys(v for one in inner for v in makes_of(one))
+                  if value in wanted)  # fmt: skip
+    return Unit(item.name, tuple(inner), tuple(needed), tuple(again), makes)
