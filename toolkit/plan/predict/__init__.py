@@ -7,9 +7,13 @@ from dataclasses import replace
 from toolkit.cost.calibration import Calibration
 from toolkit.errors import InfeasibleError
 from toolkit.hardware import Cluster
+from toolkit.ir.graph import OpGraph
 from toolkit.plan.plan import Plan, Prediction
 from toolkit.plan.predict import costs, events, local, memory, script, simulate, traffic
 from toolkit.plan.subject import Subject
+
+# Operators x ranks that are written out one by one.
+_MOST_WRITTEN = 16384
 
 
 def predict(
@@ -54,8 +58,30 @@ def scripted(
 ) -> script.Script:
     """Return all that the plan's ranks do in one step, with its seconds on `cluster`."""
     model = costs.Costs(plan, cluster, calibration)
-    graph, calls = local.split(plan, subject.graph.at(batch=plan.microbatch), model)
+    whole = subject.graph.at(batch=plan.microbatch)
+    if _is_executed(plan, whole):
+        from toolkit.plan.predict import executed
+
+        return executed.of(plan, whole, model)
+    graph, calls = local.split(plan, whole, model)
     return script.of(plan, graph, calls, model)
+
+
+def _is_executed(plan: Plan, graph: OpGraph) -> bool:
+    """Whether the own executor runs the plan, and is small enough to be asked rank by rank.
+
+    What only splits Linears between stages can be read off the placements, too: for thousands of
+    devices that is done.
+    """
+    from toolkit.plan.lower import ladder
+
+    if ladder.rung(plan) != "program":
+        return False
+    simple = not plan.splits and all(
+        len(stage.devices) == 1 and not stage.no_grad for stage in plan.stages
+    )
+    ranks = plan.num_ranks // plan.num_replicas
+    return not simple or ranks * len(graph.ops) <= _MOST_WRITTEN
 
 
 def check_fits(num_ranks: int, cluster: Cluster) -> None:

@@ -8,13 +8,13 @@ view, hands its gradient on as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from toolkit.ir import formulas
 from toolkit.ir.backward import Kernels, gradients
-from toolkit.ir.graph import Op, OpGraph
+from toolkit.ir.graph import Op, OpGraph, Tensor
 from toolkit.ir.saved import saved
 from toolkit.plan.chain import Segment
 
@@ -42,14 +42,19 @@ class Moment:
 @dataclass(frozen=True)
 class Life:
     """A stage's microbatch: the fullest moment of each piece, in the order forward and backward
-    run them, and what is kept in between.
+    run them, and what is `kept` in between.
+
+    Where backward is in halves, `inputs` are the moments of the first, `owed` what it leaves to
+    the second, and `put_off` the bytes of the weights whose gradients that one makes.
     """
 
     forward: tuple[Moment, ...]
     backward: tuple[Moment, ...]
     kept: int
-    # Gradients of activations that the input's half of backward leaves to the weights' half.
-    owed: int
+    inputs: tuple[Moment, ...] = ()
+    owed: int = 0
+    put_off: int = 0
+    largest_put_off: int = 0
 
 
 class Alive:
@@ -78,35 +83,47 @@ class Alive:
         return found
 
     def life(
-        self, segments: Sequence[Segment], recompute: Iterable[str], outputs: Iterable[str]
+        self,
+        segments: Sequence[Segment],
+        recompute: Iterable[str],
+        outputs: Iterable[str],
+        *,
+        halves: bool = False,
     ) -> Life:
         """Follow a stage of these segments, of which `recompute` are run again in backward;
         `outputs` are kept for as long as the microbatch is.
         """
         again = frozenset(recompute)
-        made = {name for segment in segments for op in segment.ops for name in op.outputs}
-        for segment in segments:
-            for op in segment.ops:
-                made.update(name for name in self.kept_by.get(op.name, ()) if "!" in name)
-        held = {self.graph.tensors[name].storage: 0 for name in outputs}
-        held = {name: self.graph.tensors[name].num_bytes for name in held if name in made}
+        ops = [op for segment in segments for op in segment.ops]
+        made = {name for op in ops for name in op.outputs}
+        made |= {name for op in ops for name in self.kept_by.get(op.name, ()) if "!" in name}
+        held: dict[str, int] = {}
         forward = []
-        inside: list[int] = []  # what recomputing a piece brings back
         for segment in segments:
             recomputed = segment.path in again
             kept = dict(held)
-            moment = self._forward(segment.ops, kept, made, keep=not recomputed)
-            if recomputed:
-                second = dict(held)
-                self._forward(segment.ops, second, made, keep=True)
-                inside.append(sum(second.values()) - sum(held.values()))
-                kept = held | self._entering(segment, made)
-            else:
-                inside.append(0)
-            forward.append(moment)
-            held = kept
-        backward, owed = self._backward(segments, again, held, made)
-        return Life(tuple(forward), tuple(backward), sum(held.values()), owed)
+            forward.append(self._forward(segment.ops, kept, made, keep=not recomputed))
+            held = held | self._entering(segment, made) if recomputed else kept
+        for storage in {self.graph.tensors[name].storage for name in outputs} & made:
+            held[storage] = self.graph.tensors[storage].num_bytes
+        life = Life(
+            tuple(forward),
+            self._backward(segments, again, held, made).moments,
+            sum(held.values()),
+        )
+        if not halves:
+            return life
+        off = {op.name for op in ops if is_put_off(op, self.graph)}
+        weights = {op.arguments["weight"].name for op in ops if op.name in off}
+        sizes = [self.graph.tensors[name].num_bytes for name in weights]
+        first = self._backward(segments, again, held, made, frozenset(off))
+        return replace(
+            life,
+            inputs=first.moments,
+            owed=first.owed,
+            put_off=sum(sizes),
+            largest_put_off=max(sizes, default=0),
+        )
 
     def _entering(self, segment: Segment, made: set[str]) -> dict[str, int]:
         """The activations a segment reads from outside, which recomputation keeps."""
@@ -152,46 +169,64 @@ class Alive:
         again: frozenset[str],
         held: dict[str, int],
         made: set[str],
-    ) -> tuple[list[Moment], int]:
-        """Run backward through all segments; consumes a copy of `held`."""
+        put_off: frozenset[str] = frozenset(),
+    ) -> _Backward:
+        """Run backward through all segments. Operators in `put_off` leave their weight's gradient,
+        and keep what it is made from.
+        """
         held = dict(held)
-        grads = _Gradients(self.graph, {op.name for s in segments for op in s.ops})
+        grads = _Gradients(self.graph, {op.name for s in segments for op in s.ops}, put_off)
+        factors: dict[str, int] = {}  # storages that are kept for what was put off
+        owed = 0
         moments = []
         for segment in reversed(segments):
             best = Moment(0, 0)
             if segment.path in again:
                 once = self._forward(segment.ops, held, made, keep=True)
-                best = Moment(once.saved, once.passing + grads.passing, grads.arrived)
+                best = Moment(once.saved + owed, once.passing + grads.passing, grads.arrived)
             total = sum(held.values())
             for op in reversed(segment.ops):
                 if op.name in self.graph.differentiated:
                     grads.through(op)
                     extra = _backward_workspace(op, self.graph, self.kernels)
-                    moment = Moment(total, grads.passing + extra, grads.arrived)
+                    moment = Moment(total + owed, grads.passing + extra, grads.arrived)
                     best = max(best, moment, key=lambda one: one.total)
                     grads.done(op)
+                    if op.name in put_off:
+                        owed += self.graph.tensors[op.outputs[0]].num_bytes
+                        entered = self.graph.tensors[op.inputs[0]].storage
+                        if entered in made and entered not in factors:
+                            factors[entered] = self.graph.tensors[entered].num_bytes
+                            owed += factors[entered]
+                            total -= held.pop(entered, 0)
                 for name in self.kept_by.get(op.name, ()):
-                    if name in held and grads.first_keeper(self.keepers[name], name) == op.name:
+                    if name in held and grads.first_keeper(self.keepers[name]) == op.name:
                         total -= held.pop(name)
             moments.append(best)
-        return moments, grads.owed
+        return _Backward(tuple(moments), owed)
+
+
+@dataclass(frozen=True)
+class _Backward:
+    moments: tuple[Moment, ...]
+    owed: int
 
 
 class _Gradients:
     """Gradients in backward: which buffers are alive, several names sharing one."""
 
-    def __init__(self, graph: OpGraph, inside: set[str]) -> None:
+    def __init__(self, graph: OpGraph, inside: set[str], put_off: frozenset[str]) -> None:
         self.graph = graph
+        self.put_off = put_off
         self.place = {op.name: i for i, op in enumerate(graph.ops) if op.name in inside}
         self.buffers: dict[int, list[int]] = {}  # id -> [bytes, names that share it]
         self.of: dict[str, int] = {}
         self.passing = 0
         self.arrived = 0
-        self.owed = 0
         self._next = 0
         self._temporary = 0
 
-    def first_keeper(self, ops: set[str], name: str) -> str:
+    def first_keeper(self, ops: set[str]) -> str:
         return min((op for op in ops if op in self.place), key=self.place.__getitem__)
 
     def through(self, op: Op) -> None:
@@ -203,9 +238,7 @@ class _Gradients:
                 if self.graph.tensors[name].requires_grad:
                     self._new(name)
             first_out = self.of.get(op.outputs[0])
-        if any(self.graph.tensors[name].role == "parameter" for name in op.inputs):
-            self.owed += sum(self.graph.tensors[name].num_bytes for name in op.outputs)
-        for tensor in gradients(op, self.graph):
+        for tensor in self._gradients(op):
             same = tensor.numel == self.graph.tensors[op.outputs[0]].numel
             handed = same and first_out is not None and _hands_on(op, self.graph)
             if tensor.name in self.of:
@@ -225,12 +258,18 @@ class _Gradients:
         self._temporary = 0
         for name in op.outputs:
             self._drop(name)
-        for tensor in gradients(op, self.graph):
+        for tensor in self._gradients(op):
             if tensor.role == "parameter" and self._is_first_reader(op, tensor.name):
                 self._drop(tensor.name)
                 self.arrived += tensor.num_bytes
             elif tensor.role == "input":
                 self._drop(tensor.name)
+
+    def _gradients(self, op: Op) -> Iterator[Tensor]:
+        """The inputs whose gradients are made now."""
+        for tensor in gradients(op, self.graph):
+            if op.name not in self.put_off or tensor.name != op.arguments["weight"].name:
+                yield tensor
 
     def _is_first_reader(self, op: Op, name: str) -> bool:
         readers = (
@@ -253,6 +292,16 @@ class _Gradients:
             self.buffers[buffer][1] -= 1
             if not self.buffers[buffer][1]:
                 self.passing -= self.buffers.pop(buffer)[0]
+
+
+def is_put_off(op: Op, graph: OpGraph) -> bool:
+    """Whether the gradient of the operator's weight can be left to the second half of backward: a
+    Linear's, of a parameter itself (see lower/deferred.py).
+    """
+    if op.kind != "aten.linear" or op.name not in graph.differentiated:
+        return False
+    weight = formulas.tensor_of(op, graph, "weight")
+    return weight.role == "parameter" and weight.requires_grad
 
 
 def _hands_on(op: Op, graph: OpGraph) -> bool:

@@ -23,6 +23,7 @@ def tasks(script: Script) -> Iterator[Task]:
         made = _Row(script, position, present)
         for action in row:
             yield from made.action(action)
+        yield from made.put_off()
         reduced[position] = made.reduced
     for position in range(len(script.order.rows)):
         yield from _finish(script, position, reduced[position])
@@ -61,10 +62,11 @@ class _Row:
         self.rank = script.ranks[position]
         self.reduced: list[Hashable] = []
         self._alone: dict[tuple[int, str], tuple[float, float]] = {}
-        self.previous: dict[Action, Action] = {}
-        row = script.order.rows[position]
+        row = self.row = script.order.rows[position]
         # The action that completes a stage's gradients here.
         self.completes = {a.stage: a for a in row if a.kind in ("B", "W")}
+        # Stages that put weights' gradients off are reduced at the end of the step.
+        self.halved = {a.stage for a in row if a.kind == "W"}
 
     def action(self, action: Action) -> Iterator[Task]:
         held = self.script.held[action.stage, self.position]
@@ -154,7 +156,19 @@ class _Row:
                         following.append(self.reduced[-1])
             ends.append(tuple(following))
 
+    def put_off(self) -> Iterator[Task]:
+        """The reductions that wait for the end of the row."""
+        for stage in sorted(self.halved):
+            for use in self.script.held[stage, self.position].uses:
+                if use.unit.reduce:
+                    key = ("reduce", use.unit.name, stage, self.position)
+                    ends = tuple((a, self.position) for a in self.row[-1:])
+                    yield from self._chain(key, use.unit.reduce, ends, "", use)
+                    self.reduced.append((key, len(use.unit.reduce) - 1))
+
     def _reduces(self, use: Use, action: Action) -> bool:
+        if action.stage in self.halved:
+            return False
         return use.unit.each_microbatch or self.completes.get(action.stage) == action
 
     def _chain(

@@ -86,7 +86,9 @@ class _Walk:
             communication=script.received_bytes[position] if script.received_bytes else 0,
         )
         self.alive: dict[tuple[int, int], int] = {}  # (stage, microbatch) -> bytes
-        self.begun: set[int] = set()  # stages whose backward has left gradients
+        self.begun: set[int] = set()  # stages whose backward has left gradients,
+        self.weighed: set[int] = set()  # and those of weights that were put off
+        self.sent = 0
         self.completes = {a.stage: a for a in self.row if a.kind in ("B", "W")}
         self.complete: set[int] = set()
         self._extras: dict[tuple[int, str, bool, bool], Usage] = {}
@@ -97,38 +99,49 @@ class _Walk:
         if life is None:
             return self._now()
         key = (action.stage, action.microbatch)
+        freed = self.alive.pop(key, 0)
         if action.kind == "W":
-            found = self._now()
+            # What was put off is there until its product is.
+            self.alive[key] = freed
+            found = self._now() + Usage(temporary=life.largest_put_off)
             del self.alive[key]
-            self._left(action)
+        else:
+            found = self._now() + self._extra(held, action)
+        if action.kind == "F":
+            if action.stage in self.script.order.no_grad:
+                self._sent(action.stage, "F")
+            else:
+                self.alive[key] = life.kept
             return found
-        self.alive.pop(key, None)
-        found = self._now() + self._extra(held, action)
-        if action.kind == "B":
-            self._left(action)
-        elif action.kind == "I":
-            # torch keeps the graph for W, and the gradients that W starts from.
-            self.alive[key] = life.kept + life.owed
-        elif action.stage not in self.script.order.no_grad:
-            self.alive[key] = life.kept
+        if action.kind == "I":
+            self.alive[key] = life.owed
+        if action.kind in ("B", "I"):
+            self._sent(action.stage, "F")  # so far among what the microbatch kept
+            self._sent(action.stage, "B")
+            self.begun.add(action.stage)
+        if action.kind in ("B", "W"):
+            self.weighed.add(action.stage)
+        if self.completes.get(action.stage) == action:
+            self.complete.add(action.stage)
         return found
+
+    def _sent(self, stage: int, kind: str) -> None:
+        """What is sent is kept until the end of the step, where torch waits for it."""
+        transfer = self.script.transfers.get((stage, kind))
+        if self.script.keeps_sent and transfer and transfer.sender == self.position:
+            self.sent += sum(call.num_bytes for call in transfer.calls)
 
     def update(self) -> Usage:
         """The optimizer's step: the largest unit's parameters pass through it."""
         largest = max((t.num_bytes for unit in self.units for t in unit.parameters), default=0)
         return replace(self._now(), temporary=largest)
 
-    def _left(self, action: Action) -> None:
-        """Gradients that a backward leaves."""
-        self.begun.add(action.stage)
-        if self.completes.get(action.stage) == action:
-            self.complete.add(action.stage)
-
     def _now(self) -> Usage:
         return replace(
             self.base,
             gradients=sum(self._gradients(stage) for stage, _ in self._stages()),
             activations=sum(self.alive.values()),
+            communication=self.base.communication + self.sent,
         )
 
     def _stages(self) -> Iterator[tuple[int, Held]]:
@@ -139,6 +152,7 @@ class _Walk:
     def _gradients(self, stage: int) -> int:
         """Bytes of gradients a stage has between actions."""
         total = 0
+        owes = False
         for use in self.script.held[stage, self.position].uses:
             unit = use.unit
             if unit.reserves:
@@ -147,7 +161,9 @@ class _Walk:
                 total += unit.shard_bytes
             elif stage in self.begun:
                 total += unit.gradient_bytes
-        return total
+                owes = stage not in self.weighed
+        life = self.script.held[stage, self.position].life
+        return total - (life.put_off if life and owes else 0)
 
     def _extra(self, held: Held, action: Action) -> Usage:
         """What an action holds at its fullest moment beyond what is held before it."""
@@ -162,7 +178,9 @@ class _Walk:
         assert held.life is not None
         forward = action.kind == "F"
         num = len(held.pieces)
-        for at, moment in enumerate(held.life.forward if forward else held.life.backward):
+        life = held.life
+        moments = {"F": life.forward, "B": life.backward, "I": life.inputs}[action.kind]
+        for at, moment in enumerate(moments):
             index = at if forward else num - 1 - at
             yield Usage(
                 gradients=0 if forward else self._arriving(held, action, index, moment, last),
@@ -170,9 +188,6 @@ class _Walk:
                 temporary=moment.passing,
                 communication=sum(self._whole(use, index, forward) for use in held.uses),
             )
-        if not forward:  # at its end, before the buffers are given back
-            units = [use.unit for use in held.uses if use.unit.buffer_bytes]
-            yield Usage(gradients=sum(unit.buffer_bytes + unit.shard_bytes for unit in units))
 
     def _whole(self, use: Use, index: int, forward: bool) -> int:
         """Bytes of a unit gathered while piece `index` runs.
@@ -196,8 +211,8 @@ class _Walk:
         for use in held.uses:
             unit = use.unit
             done = use.first > index
-            if unit.buffer_bytes and use.last >= index:
-                # Whole until the backward is over; the part that arrives is beside it.
+            if unit.buffer_bytes and use.first - 1 <= index <= use.last:
+                # ZeRO-2's are there until the next unit's are complete, then beside their part.
                 total += unit.buffer_bytes + (unit.shard_bytes if done else 0)
             elif unit.gather and last and done:
                 # Reduced: the whole gradients are gone, the part is there. What was sent is

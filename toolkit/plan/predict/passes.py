@@ -1,7 +1,8 @@
 """What one microbatch does on one rank of a stage: computing, with the calls it waits for.
 
 A stage is a row of pieces (its blocks, and what lies around them); each piece has steps for every
-kind of action: F forward, B backward, I and W its halves.
+kind of action: F forward, B backward, I and W its halves. W is the products that make Linears'
+weight gradients, I everything else (see lower/deferred.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from toolkit.cost.work import Work
 from toolkit.ir import backward, formulas
 from toolkit.ir.graph import Op, OpGraph
 from toolkit.plan.chain import Segment
+from toolkit.plan.predict.alive import is_put_off
 from toolkit.plan.predict.costs import Call, Costs
 
 
@@ -71,41 +73,34 @@ class Passes:
         self.costs = costs
         self.calls = calls
         self.position = position
-        self._alike: dict[tuple[str, bool, bool], Mapping[str, Steps]] = {}
+        self._alike: dict[tuple[str, bool], Mapping[str, Steps]] = {}
 
     @cached_property
     def _frozen(self) -> OpGraph:
-        """The graph as the input's half of backward sees it: no parameter takes a gradient."""
-        tensors = {
-            name: replace(tensor, requires_grad=False) if tensor.role == "parameter" else tensor
-            for name, tensor in self.local.tensors.items()
-        }
+        """The graph as the first half of backward sees it: Linears' weights take no gradient."""
+        tensors = dict(self.local.tensors)
+        for op in self.local.ops:
+            if is_put_off(op, self.local):
+                weight = formulas.tensor_of(op, self.local, "weight")
+                tensors[weight.name] = replace(weight, requires_grad=False)
         return replace(self.local, tensors=tensors, scaling=None)
 
-    def piece(
-        self, segment: Segment, *, kinds: Container[str], recompute: bool, first: bool
-    ) -> Piece:
-        """Return a segment with steps for `kinds` of actions. The `first` stage sends no gradient
-        back: its I is empty and its W the whole backward, as torch's pipelining has it.
-        """
-        key = (segment.structure, recompute, first)
+    def piece(self, segment: Segment, *, kinds: Container[str], recompute: bool) -> Piece:
+        """Return a segment with steps for `kinds` of actions."""
+        key = (segment.structure, recompute)
         steps = self._alike.get(key) if segment.structure else None
         if steps is None:
-            steps = self._alike[key] = self._steps(segment, kinds, recompute, first)
+            steps = self._alike[key] = self._steps(segment, kinds, recompute)
         return Piece(segment.path, steps)
 
-    def _steps(
-        self, segment: Segment, kinds: Container[str], recompute: bool, first: bool
-    ) -> dict[str, Steps]:
+    def _steps(self, segment: Segment, kinds: Container[str], recompute: bool) -> dict[str, Steps]:
         forward = self._forward(segment.ops)
         steps: dict[str, Steps] = {"F": forward}
         again = self._forward(segment.ops, again=True) if recompute else ()
         whole = (*again, *self._backward(segment.ops, self.local))
         if "B" in kinds:
             steps["B"] = whole
-        if "I" in kinds and first:
-            steps["I"], steps["W"] = (), whole
-        elif "I" in kinds:
+        if "I" in kinds:
             steps["I"] = (*again, *self._backward(segment.ops, self._frozen))
             rest_s = sum(step.seconds for step in whole)
             rest_s -= sum(step.seconds for step in steps["I"])

@@ -18,7 +18,7 @@ from toolkit.plan import chain
 from toolkit.plan.chain import Segment
 from toolkit.plan.order.action import Action
 from toolkit.plan.order.pipeline import Order
-from toolkit.plan.plan import Plan
+from toolkit.plan.plan import Plan, Traffic
 from toolkit.plan.predict.alive import Alive, Life
 from toolkit.plan.predict.costs import Call, Costs
 from toolkit.plan.predict.passes import OpCalls, Passes, Piece
@@ -75,8 +75,10 @@ class Sum:
 @dataclass(frozen=True)
 class Script:
     """`held[stage, position]`; `transfers[stage, "F"]` leads to the next stage, "B" to the one
-    before. `received_bytes` are set aside for what arrives. With `prefetch` gathers run a piece
-    ahead, and reductions beside computing.
+    before. `received_bytes` are set aside for what arrives, and with `keeps_sent` what is sent
+    stays to the end of the step, as torch's pipeline runtime does it. With `prefetch` gathers run
+    a piece ahead, and reductions beside computing. `traffic` is there when more is known of it
+    than follows from the calls.
     """
 
     order: Order
@@ -86,7 +88,9 @@ class Script:
     sums: tuple[Sum, ...] = ()
     update_s: tuple[float, ...] = ()
     received_bytes: tuple[int, ...] = ()
+    keeps_sent: bool = False
     prefetch: bool = True
+    traffic: tuple[Traffic, ...] | None = None
 
     @cached_property
     def is_long(self) -> bool:
@@ -124,7 +128,12 @@ def of(plan: Plan, local: OpGraph, calls: OpCalls, costs: Costs) -> Script:
     borders = _borders(plan, local)
     alive = Alive(local, costs.kernels)
     lives = [
-        alive.life(segments, plan.recompute, [tensor.name for tensor in leaving])
+        alive.life(
+            segments,
+            plan.recompute,
+            [tensor.name for tensor in leaving],
+            halves="I" in kinds,
+        )
         for segments, leaving in zip(stages, (*borders, ()), strict=True)
     ]
     held: dict[tuple[int, int], Held] = {}
@@ -140,7 +149,6 @@ def of(plan: Plan, local: OpGraph, calls: OpCalls, costs: Costs) -> Script:
                     segment,
                     kinds=kinds,
                     recompute=segment.path in plan.recompute,
-                    first=stage == 0,
                 )
                 for segment in stages[stage]
             )
@@ -158,6 +166,7 @@ def of(plan: Plan, local: OpGraph, calls: OpCalls, costs: Costs) -> Script:
         held=held,
         transfers=transfers,
         received_bytes=_received(order, transfers),
+        keeps_sent=True,
         sums=tuple(_sums(plan, local, stages, costs)),
         update_s=tuple(updates),
         # gloo's gathers are waited for where they are issued; on a GPU they run ahead by a piece.
