@@ -1,13 +1,18 @@
 #!/usr/bin/env python
-"""Train a planned model on real text.
+"""Train a planned model.
 
     toolkit plan make gpt-tiny --strategy auto --cluster cpux2 -o plan.json
     torchrun --nproc-per-node 2 recipes/train.py --plan plan.json --steps 50
 
-What is trained, and how it is divided, is in the plan. The text is by default what every CPython
-carries (its language reference and standard library), read as bytes; `--dataset` takes a file, a
-folder of text files, or any Hugging Face dataset with a `text` column. Copy this file and change
-it: everything it uses is public.
+What is trained, and how it is divided, is in the plan. Language models read real text: by default
+what every CPython carries (its language reference and standard library), as bytes; `--dataset`
+takes a file, a folder of text files, or any Hugging Face dataset with a `text` column. Swin and
+Evoformer are trained on synthetic images and alignments, which have something to learn in them and
+say nothing about the real tasks. Copy this file and change it: everything it uses is public.
+
+A run that is killed goes on where its last checkpoint was, under the same plan or another:
+
+    torchrun --nproc-per-node 2 --max-restarts 3 recipes/train.py --plan plan.json --checkpoint run
 
 Hugging Face `datasets` reads the data; `accelerate` is not used: its wrapping would divide the
 model a second time, and its loaders would shard batches that here are a function of (seed, step),
@@ -34,9 +39,11 @@ from rich.table import Table
 
 from toolkit import record
 from toolkit.errors import ToolkitError, UsageError
-from toolkit.plan import checkpoint, io, parity, runtime, text
+from toolkit.plan import checkpoint, io, parity, runtime, samples
+from toolkit.plan.lower.lowered import Lowered
 from toolkit.plan.plan import Plan
-from toolkit.plan.runtime import Lowered, Session
+from toolkit.plan.runtime import Session
+from toolkit.plan.samples import Samples
 from toolkit.timeline import files
 from toolkit.units import format_bytes, format_seconds
 
@@ -50,7 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", help="a file, a folder of text files, or a dataset's name")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the text")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the samples")
     parser.add_argument("--checkpoint", type=Path, help="folder; resumes from its newest")
     parser.add_argument("--checkpoint-every", type=int, default=100)
     parser.add_argument("--check-parity", type=int, default=0, metavar="N",
@@ -63,7 +70,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     plan = io.load(options.plan)
-    data = text.load(options.dataset)
+    data = samples.of(plan, options.dataset)
     with runtime.session() as here:
         metrics = train(plan, data, here, options)
     if here.rank == 0:
@@ -72,9 +79,7 @@ def main() -> None:
             record.write(options.json, kind="training-metrics", version=1, body=metrics)
 
 
-def train(
-    plan: Plan, data: text.Text, here: Session, options: argparse.Namespace
-) -> dict[str, Any]:
+def train(plan: Plan, data: Samples, here: Session, options: argparse.Namespace) -> dict[str, Any]:
     """Train up to step `options.steps`; return the metrics (the same on every rank)."""
     lowered = runtime.prepare(plan, here)
     optimizer = adamw(lowered, options)
@@ -95,7 +100,8 @@ def train(
     with progress(here) as bar:
         task = bar.add_task("train", total=options.steps, completed=first, loss="")
         for step in range(first, options.steps):
-            batch = inputs(plan, data, here, step=step, seed=options.seed)
+            made = data.batch(step, batch=plan.provenance.sizes["batch"], seed=options.seed)
+            batch = {name: value.to(here.device) for name, value in made.items()}
             checked = step - first < options.check_parity
             want = parity.one_device(plan, here, lowered, batch) if checked else None
             runtime.synchronise(lowered)
@@ -106,6 +112,7 @@ def train(
                 checks.append(parity.compare(lowered, loss, want))
             with lowered.recorder.span("update", "optimizer"):
                 optimizer.step()
+            lowered.after_update()
             if not want:
                 seconds.append(time.perf_counter() - started_s)
             losses.append(lowered.global_loss(loss))
@@ -131,7 +138,7 @@ def train(
         "strategy": plan.strategy,
         "rung": lowered.rung,
         "ranks": here.num_ranks,
-        "text": data.source,
+        "data": data.source,
         "first_step": first,
         "losses": losses,
         "measured_step_s": statistics.median(seconds[1:] or seconds) if seconds else None,
@@ -143,28 +150,12 @@ def train(
 
 
 def adamw(lowered: Lowered, options: argparse.Namespace) -> torch.optim.AdamW:
-    """AdamW; whole and split (DTensor) parameters may not share a group."""
-    groups: dict[type, list[torch.nn.Parameter]] = {}
-    for parameter in lowered.parameters.values():
-        if parameter.requires_grad:
-            groups.setdefault(type(parameter.data), []).append(parameter)
+    """AdamW over what this rank updates."""
     return torch.optim.AdamW(
-        [{"params": group} for group in groups.values()],
+        runtime.optimizer_groups(lowered),
         lr=options.learning_rate,
         weight_decay=options.weight_decay,
     )
-
-
-def inputs(
-    plan: Plan, data: text.Text, here: Session, *, step: int, seed: int
-) -> dict[str, torch.Tensor]:
-    """The global batch of a step, under the names of the model's inputs: ids, then targets."""
-    sizes = plan.provenance.sizes
-    made = data.batch(step, batch=sizes["batch"], tokens=sizes["tokens"], seed=seed)
-    ids, targets = runtime.text_inputs(plan)
-    # A transformers model calls its targets labels and shifts them by one itself.
-    wanted = made["ids"] if targets == "labels" else made["targets"]
-    return {ids: made["ids"].to(here.device), targets: wanted.to(here.device)}
 
 
 def progress(here: Session) -> Progress:
@@ -207,6 +198,7 @@ def report(plan: Plan, metrics: dict[str, Any]) -> None:
             f"{check['gradient_error']:.2g}, {check['loss_error']:.2g}",
         )
     Console(highlight=False).print(table)
+    Console(highlight=False).print(f"trained on {metrics['data']}")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from toolkit import record
 from toolkit.errors import ToolkitError, UsageError
-from toolkit.plan import checkpoint, io, launch, planner, text
+from toolkit.hardware import find_cluster
+from toolkit.plan import checkpoint, io, launch, planner, samples, subject, synthetic, text
 from toolkit.timeline import files
 
 TRAIN = Path(__file__).parents[2] / "recipes" / "train.py"
@@ -37,7 +40,7 @@ def test_three_steps_then_resumed_under_another_plan(tiny, two_ranks, tmp_path: 
     spans = files.load(timeline).spans
     assert {span.track for span in spans} == {"rank 0", "rank 1"}
     assert {span.source for span in spans} == {"measured"}
-    resumed = train(planner.make(tiny, two_ranks, "fsdp"), tmp_path, 4, "--check-parity", "1")
+    resumed = train(planner.make(tiny, two_ranks, "zero-2"), tmp_path, 4, "--check-parity", "1")
     assert resumed["first_step"] == 3
     assert len(resumed["losses"]) == 1
     assert resumed["parity"][0]["holds"]
@@ -45,6 +48,94 @@ def test_three_steps_then_resumed_under_another_plan(tiny, two_ranks, tmp_path: 
     assert found is not None
     assert found.name == "step-00000004"
     assert not list((tmp_path / "checkpoints").glob(".*.partial"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after", "ranks"),
+    [("fsdp", "tp", 2), ("zero-1", "fsdp", 2), ("1f1b", "zero-2", 2), ("zero-2", "zero-1", 4),
+     ("hsdp", "dp", 4), ("fsdp-tp", "zero-1", 4)],
+)  # fmt: skip
+def test_a_run_goes_on_under_another_plan(
+    before: str, after: str, ranks: int, tiny, tmp_path: Path
+) -> None:
+    """Parameters and moments alike: the losses are those of a run that never stopped."""
+    cluster = find_cluster(f"cpux{ranks}")
+    (tmp_path / "whole").mkdir()
+    whole = train(planner.make(tiny, cluster, "dp"), tmp_path / "whole", 8)["losses"]
+    first = train(planner.make(tiny, cluster, before), tmp_path, 4)["losses"]
+    second = train(planner.make(tiny, cluster, after), tmp_path, 8, "--check-parity", "1")
+    assert second["first_step"] == 4
+    assert second["parity"][0]["holds"]
+    assert first + second["losses"] == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_from_the_last_checkpoint(
+    tiny, two_ranks, tmp_path: Path
+) -> None:
+    plan, metrics, folder = tmp_path / "plan.json", tmp_path / "m.json", tmp_path / "run"
+    io.save(planner.make(tiny, two_ranks, "zero-1"), plan)
+    script = tmp_path / "dies_once.py"
+    script.write_text(f"""
+import os, pathlib, runpy, signal, sys, threading, time
+
+def die():
+    while not pathlib.Path({str(folder / "step-00000004")!r}).exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+    threading.Thread(target=die, daemon=True).start()
+sys.argv[0] = {str(TRAIN)!r}
+runpy.run_path({str(TRAIN)!r}, run_name="__main__")
+""")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "--max-restarts", "1", str(script), "--plan", str(plan), "--steps", "200",
+         "--checkpoint", str(folder), "--checkpoint-every", "2", "--json", str(metrics)],
+        check=False, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    body = record.read(metrics, kind="training-metrics", version=1)["body"]
+    assert 4 <= body["first_step"] < 200
+    assert body["first_step"] + len(body["losses"]) == 200
+    assert body["losses"][-1] < body["losses"][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "sizes", "said"),
+    [("swin-nano", {}, "synthetic images"),
+     ("t5-tiny", {"tokens": 16, "source_tokens": 16}, "standard library"),
+     ("toolkit.plan.verify.matrix:evoformer_one_pass", {}, "synthetic alignments")],
+)  # fmt: skip
+def test_every_family_learns(model: str, sizes: dict, said: str, two_ranks, tmp_path: Path) -> None:
+    traced = subject.load(model, batch=8, **sizes)
+    metrics = train(planner.make(traced, two_ranks, "zero-2", microbatches=2), tmp_path, 30)
+    assert said in metrics["data"]
+    losses = metrics["losses"]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_samples_are_those_of_the_model_and_depend_on_seed_and_step_alone() -> None:
+    images = synthetic.Images(32, 3, 10)
+    one, again, other = (images.batch(step, batch=4, seed=1) for step in (3, 3, 4))
+    assert one["image_BCII"].shape == (4, 3, 32, 32)
+    assert one["image_BCII"].equal(again["image_BCII"])
+    assert not one["image_BCII"].equal(other["image_BCII"])
+    proteins = synthetic.Alignments(4, 16, 64).batch(0, batch=2, seed=0)
+    hidden = proteins["ids_BSR"] == 22
+    assert 0 < hidden.float().mean() < 0.5
+    assert proteins["ids_BSR"][~hidden].equal(proteins["residues_BSR"][~hidden])
+    assert proteins["bins_BRR"].equal(proteins["bins_BRR"].transpose(1, 2))
+    assert proteins["bins_BRR"].max() < 64
+
+
+def test_a_dataset_of_text_for_a_model_of_images_is_refused(two_ranks) -> None:
+    plan = planner.make(subject.load("swin-nano", batch=2), two_ranks, "dp")
+    with pytest.raises(UsageError, match="synthetic data"):
+        samples.of(plan, "words.txt")
 
 
 @pytest.mark.slow

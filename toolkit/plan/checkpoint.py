@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
@@ -78,7 +76,7 @@ def load(
                 remedy="use another --checkpoint folder, or the settings of that run",
             )
     step = int(body["step"])
-    for _, parameter in _trained(lowered):
+    for parameter in lowered.optimizer_parameters().values():
         moments = {name: torch.zeros_like(parameter) for name in _MOMENTS}
         optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
     state = _state(lowered, optimizer)
@@ -86,17 +84,11 @@ def load(
     return step
 
 
-def _trained(lowered: Lowered) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    for name, parameter in lowered.parameters.items():
-        if parameter.requires_grad:
-            yield name, parameter
-
-
-def _state(lowered: Lowered, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    for name, parameter in lowered.parameters.items():
-        state[name] = parameter.detach()
-    for name, parameter in _trained(lowered):
+def _state(lowered: Lowered, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state: dict[str, Any] = {
+        name: parameter.detach() for name, parameter in lowered.parameters.items()
+    }
+    for name, parameter in lowered.optimizer_parameters().items():
         for moment in _MOMENTS:
-            state[f"{name}#{moment}"] = optimizer.state[parameter][moment]
+            state[f"{name}#{moment}"] = lowered.saved(name, optimizer.state[parameter][moment])
     return state

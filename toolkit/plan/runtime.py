@@ -106,6 +106,16 @@ def _inputs(
     return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
 
 
+def input_names(plan: Plan) -> tuple[str, ...]:
+    """Return the names of the model's inputs, in the order of its call."""
+    return tuple(example_shapes(plan))
+
+
+def example_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each input of one sample, by name."""
+    return {name: tuple(value.shape) for name, value in _inputs(plan, 1, "meta", 0).items()}
+
+
 def text_inputs(plan: Plan) -> tuple[str, str]:
     """Return the names of the model's two inputs, ids and targets of one shape.
 
@@ -117,7 +127,7 @@ def text_inputs(plan: Plan) -> tuple[str, str]:
     if len(found) != 2 or len(ids) != 2 or len({value.shape for value in found.values()}) != 1:
         raise UsageError(
             f"{model.name} takes {', '.join(found)}, and text gives ids and targets",
-            remedy="train a language model, or copy recipes/train.py and change its inputs",
+            remedy="copy recipes/train.py and give it samples of your own",
         )
     vocabulary = getattr(model.config, "vocab_size", None)
     if vocabulary is not None and vocabulary < text.VOCABULARY:

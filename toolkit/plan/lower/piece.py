@@ -53,12 +53,23 @@ def boxes(shape: Sequence[int], start: int, end: int) -> Iterator[Box]:
             yield (last, *offsets), (1, *sizes), last * row - start + before
 
 
-class Piece:
+class Piece(Tensor):
     """Elements [start, start + len(values)) of this rank's part of a tensor.
 
-    The part has shape `part` and begins at `origin` in the whole tensor of shape `shape`. The three
-    methods with underscores are what torch's checkpoint asks of an object that knows its chunks.
+    The part has shape `part` and begins at `origin` in the whole tensor, of shape `shape`. It is a
+    tensor by name alone: nothing can be computed with it. The three methods with underscores are
+    what torch's checkpoint asks of a tensor that knows its chunks.
     """
+
+    elements: Tensor
+    _chunks: list[tuple[ChunkStorageMetadata, int]]
+
+    @staticmethod
+    def __new__(cls, values: Tensor, shape: tuple[int, ...], *_: Any) -> Piece:
+        made: Piece = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=values.dtype, device=values.device
+        )
+        return made
 
     def __init__(
         self,
@@ -68,8 +79,7 @@ class Piece:
         origin: tuple[int, ...],
         start: int,
     ) -> None:
-        self.values = values
-        self.shape = torch.Size(shape)
+        self.elements = values
         self._chunks = [
             (
                 ChunkStorageMetadata(
@@ -81,8 +91,11 @@ class Piece:
             for offsets, sizes, before in boxes(part, start, start + values.numel())
         ]
 
-    def size(self) -> torch.Size:
-        return self.shape
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise NotImplementedError(f"{func} of a piece, which is for checkpoints alone")
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
         return [
@@ -91,7 +104,7 @@ class Piece:
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
                     chunk=chunk,
-                    properties=TensorProperties.create_from_tensor(self.values),
+                    properties=TensorProperties.create_from_tensor(self.elements),
                     size=self.shape,
                 ),
             )
@@ -104,5 +117,5 @@ class Piece:
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         for chunk, before in self._chunks:
             if chunk.offsets == index.offset:
-                return self.values[before : before + chunk.sizes.numel()].view(chunk.sizes)
+                return self.elements[before : before + chunk.sizes.numel()].view(chunk.sizes)
         raise AssertionError(f"no chunk of this piece begins at {index.offset}")

@@ -36,22 +36,16 @@ _MICROBATCHES = (2, 4, 8)
 
 def evoformer_one_pass(batch: int = 8) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """evoformer-tiny without recycling: its blocks run once, as most plans ask."""
-    from toolkit.models import evoformer
-    from toolkit.models.init import initialise, materialise
-
-    config = replace(evoformer.CONFIGS["evoformer-tiny"], num_passes=1)
-    module = initialise(materialise(evoformer.build(config), "cpu"), seed=0)
-    sizes = {"batch": batch, "tokens": 8, "sequences": 4}
-    args, kwargs = evoformer.inputs(
-        config, sizes, device="cpu", dtype=_float32(), seed=0, targets=True
-    )
-    return module, args, kwargs
-
-
-def _float32() -> Any:
     import torch
 
-    return torch.float32
+    from toolkit.models import evoformer
+
+    config = replace(evoformer.CONFIGS["evoformer-tiny"], num_passes=1)
+    sequences, residues = 4, 8
+    ids = torch.randint(20, (batch, sequences, residues))
+    targets = torch.randint(20, (batch, sequences, residues))
+    bins = torch.randint(64, (batch, residues, residues))
+    return evoformer.build(config), (ids, targets, bins), {}
 
 
 @dataclass(frozen=True)
