@@ -69,3 +69,17 @@ def test_an_unknown_model_is_named(tmp_path: Path) -> None:
     result = run("make", "gpt-tini", "-o", tmp_path / "plan.json")
     assert isinstance(result.exception, UsageError)
     assert "gpt-tiny" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--all", "plan.json"], "brings its own plans"),
+        ([], "no plan to verify"),
+        (["plan.json", "--dtype", "float32", "--dtype", "float64"], "in one dtype"),
+    ],
+)
+def test_verify_asks_for_plans_or_for_all_of_them(arguments: list[str], message: str) -> None:
+    result = run("verify", *arguments)
+    assert isinstance(result.exception, UsageError)
+    assert message in str(result.exception)
