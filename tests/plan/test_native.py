@@ -91,9 +91,9 @@ def test_the_ladder_picks_a_rung(cube: Plan) -> None:
 def test_what_the_native_rung_cannot_run_is_said(cube: Plan) -> None:
     mixed = (Placement("a", "data", "replicate"), Placement("", "data", "shard"))
     with pytest.raises(UsageError, match="replicate and shard"):
-        native._way(replace(cube, placements=mixed))
+        native.check_ways(replace(cube, placements=mixed))
     with pytest.raises(UsageError, match="4 replicas train, and no module says"):
-        native._way(cube)
+        native.check_ways(cube)
     with pytest.raises(UsageError, match="runs no context"):
         native.lower(replace(cube, mesh=(Axis("context", 2),)), None, None, None, {})
 

@@ -131,7 +131,7 @@ def _grow(graph: OpGraph, segment: Segment, columns: list[Op]) -> Region | None:
             row = op
             dims[op.inputs[1]] = 1
             continue
-        found = _through(op, graph, {name: dims[name] for name in split})
+        found = through(op, graph, {name: dims[name] for name in split})
         if found is None:
             return None
         for name, dim in found.items():
@@ -160,7 +160,7 @@ def _saves(op: Op, graph: OpGraph) -> bool:
     return op.kind not in ("aten.add", "aten.sub") and not formulas.moves_nothing(op, graph)
 
 
-def _through(op: Op, graph: OpGraph, split: Mapping[str, int]) -> dict[str, int] | None:
+def through(op: Op, graph: OpGraph, split: Mapping[str, int]) -> dict[str, int] | None:
     """Along which dims the outputs are split when these inputs are; None when `op` needs whole
     ones.
     """

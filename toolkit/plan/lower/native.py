@@ -43,7 +43,7 @@ class Native(Lowered):
         self._tensor = tensor.split(plan, module, mesh) if plan.size("tensor") > 1 else None
         for path in plan.recompute:
             _recompute(module.get_submodule(path))
-        way = _way(plan)
+        way = check_ways(plan)
         self._sharded: tuple[FSDPModule, ...] = ()
         if way == "shard":
             self._sharded = _fully_shard(plan, module, mesh)
@@ -154,8 +154,10 @@ def lower(
     return Native(plan, module, mesh, recorder)
 
 
-def _way(plan: Plan) -> How | None:
-    """How parameters lie over the data axis; every unit alike."""
+def check_ways(plan: Plan) -> How | None:
+    """Return how parameters lie over the data axis, every unit alike; UsageError for what this
+    rung does not run.
+    """
     ways: list[How] = [how for how in DATA_WAYS if _on_data(plan, how)]
     if len(ways) > 1:
         raise UsageError(
@@ -166,6 +168,12 @@ def _way(plan: Plan) -> How | None:
         raise UsageError(
             f"{plan.num_replicas} replicas train, and no module says how its gradients meet",
             remedy=f"place modules on the data axis: {', '.join(DATA_WAYS)}",
+        )
+    if plan.placed("sequence") and ways and ways[0] in ("shard_optimizer", "shard_gradients"):
+        raise UsageError(
+            f"{ways[0]} does not run with activations split by tokens: gradients of what saw a "
+            "part of the tokens would be reduced before they are whole",
+            remedy="place units as replicate or shard, or nothing as sequence",
         )
     return ways[0] if ways else None
 

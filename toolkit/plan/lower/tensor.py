@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -18,7 +18,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 from toolkit.errors import UsageError
+from toolkit.plan.lower.sequence import Tokens
 from toolkit.plan.plan import Plan
+from toolkit.plan.sequence import TOKENS
 
 
 class _SharedInput:
@@ -36,6 +38,8 @@ class _SharedInput:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
+        if isinstance(x, DTensor):  # gathered already: see lower/sequence.py
+            return args
         if self._seen is None or self._seen() is not x or self._shared is None:
             self._shared = DTensor.from_local(x, self.mesh, (Replicate(),), run_check=False)
             self._seen = weakref.ref(x)
@@ -50,12 +54,17 @@ class Split:
 
     rung = "torch.distributed.tensor.parallel (DTensor)"
 
-    def __init__(self, shared: _SharedInput) -> None:
+    def __init__(self, shared: _SharedInput, tokens: Tokens | None) -> None:
         self._shared = shared
+        self._tokens = tokens
+        if tokens:
+            self.rung = f"{self.rung} with sequence parallel"
 
     def finish(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Called after the last backward."""
         self._shared.forget()
+        if self._tokens:
+            self._tokens.finish(parameters)
 
 
 def split(plan: Plan, module: nn.Module, mesh: DeviceMesh) -> Split:
@@ -64,6 +73,7 @@ def split(plan: Plan, module: nn.Module, mesh: DeviceMesh) -> Split:
     """
     over = mesh["tensor"] if len(plan.mesh) > 1 else mesh
     columns, rows = plan.placed("column"), plan.placed("row")
+    by_tokens = bool(plan.placed("sequence"))
     shared = _SharedInput(over)
     styles: dict[str, ParallelStyle] = {}
     for path in (*columns, *rows):
@@ -73,9 +83,12 @@ def split(plan: Plan, module: nn.Module, mesh: DeviceMesh) -> Split:
                 f"{path} is a {type(found).__name__}; only nn.Linear is split by this lowering",
                 remedy="choose another strategy for this model",
             )
-        styles[path] = ColwiseParallel() if path in columns else RowwiseParallel()
+        if path in columns:
+            styles[path] = ColwiseParallel()
+        else:
+            styles[path] = RowwiseParallel(output_layouts=Shard(TOKENS) if by_tokens else None)
     parallelize_module(module, over, styles, src_data_rank=None)
     for path in columns:
         # Before ColwiseParallel's own hook, which leaves a DTensor as it is.
         module.get_submodule(path).register_forward_pre_hook(shared, prepend=True)
-    return Split(shared)
+    return Split(shared, Tokens(plan, module, over) if by_tokens else None)

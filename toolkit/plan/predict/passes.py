@@ -7,12 +7,11 @@ weight gradients, I everything else (see lower/deferred.py).
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from toolkit.cost.work import Work
-from toolkit.ir import backward, formulas
+from toolkit.ir import formulas
 from toolkit.ir.graph import Op, OpGraph
 from toolkit.plan.chain import Segment
 from toolkit.plan.predict.alive import is_put_off
@@ -53,7 +52,8 @@ class OpCalls:
     """Calls around single operators, by the operator's name: what splitting a model over ranks
     makes forward and backward wait for.
 
-    `again` are those of `after` that recomputation repeats.
+    `again` are those of `after` that recomputation repeats; `at_end` come once, after the last
+    backward. Blocks in `alone` have other calls than those of the same structure.
     """
 
     before: Mapping[str, tuple[Call, ...]] = field(default_factory=dict)
@@ -61,6 +61,8 @@ class OpCalls:
     before_backward: Mapping[str, tuple[Call, ...]] = field(default_factory=dict)
     after_backward: Mapping[str, tuple[Call, ...]] = field(default_factory=dict)
     again: frozenset[str] = frozenset()
+    at_end: tuple[Call, ...] = ()
+    alone: frozenset[str] = frozenset()
 
 
 class Passes:
@@ -73,7 +75,7 @@ class Passes:
         self.costs = costs
         self.calls = calls
         self.position = position
-        self._alike: dict[tuple[str, bool], Mapping[str, Steps]] = {}
+        self._alike: dict[tuple[str, bool, str | None], Mapping[str, Steps]] = {}
 
     @cached_property
     def _frozen(self) -> OpGraph:
@@ -87,7 +89,8 @@ class Passes:
 
     def piece(self, segment: Segment, *, kinds: Container[str], recompute: bool) -> Piece:
         """Return a segment with steps for `kinds` of actions."""
-        key = (segment.structure, recompute)
+        own = segment.path if segment.path in self.calls.alone else None
+        key = (segment.structure, recompute, own)
         steps = self._alike.get(key) if segment.structure else None
         if steps is None:
             steps = self._alike[key] = self._steps(segment, kinds, recompute)
@@ -111,7 +114,7 @@ class Passes:
         steps = _Steps()
         for op in ops:
             steps.wait(self.calls.before.get(op.name, ()))
-            steps.compute(self._seconds((formulas.work(op, self.local),)))
+            steps.compute(self.costs.forward_s(op, self.local, self.position))
             if not again or op.name in self.calls.again:
                 steps.wait(self.calls.after.get(op.name, ()))
         return steps.made
@@ -122,13 +125,9 @@ class Passes:
             # Calls do not depend on which half of backward this is: they are the input's.
             reached = op.name in self.local.differentiated
             steps.wait(self.calls.before_backward.get(op.name, ()) if reached else ())
-            works = backward.work(op, graph, kernels=self.costs.kernels)
-            steps.compute(self._seconds(works))
+            steps.compute(self.costs.backward_s(op, graph, self.position))
             steps.wait(self.calls.after_backward.get(op.name, ()) if reached else ())
         return steps.made
-
-    def _seconds(self, works: Iterable[Work]) -> float:
-        return sum(self.costs.seconds(work, self.position) for work in works)
 
 
 class _Steps:

@@ -167,7 +167,10 @@ def of(plan: Plan, local: OpGraph, calls: OpCalls, costs: Costs) -> Script:
         transfers=transfers,
         received_bytes=_received(order, transfers),
         keeps_sent=True,
-        sums=tuple(_sums(plan, local, stages, costs)),
+        sums=(
+            *_sums(plan, local, stages, costs),
+            *(Sum("partial gradients", (0,), call) for call in calls.at_end),
+        ),
         update_s=tuple(updates),
         # gloo's gathers are waited for where they are issued; on a GPU they run ahead by a piece.
         prefetch=not costs.is_cpu,
