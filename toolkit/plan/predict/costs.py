@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -13,7 +13,7 @@ from toolkit.cost.work import Work
 from toolkit.hardware import Cluster
 from toolkit.hardware.device import Device
 from toolkit.ir import backward, formulas
-from toolkit.ir.graph import OpGraph, item_bytes
+from toolkit.ir.graph import Op, OpGraph, item_bytes
 from toolkit.plan import chain
 from toolkit.plan.plan import AxisName, Plan
 
@@ -76,6 +76,15 @@ class Costs:
     def seconds(self, work: Work, position: int) -> float:
         return roofline.seconds(work, self.devices[position], calibration=self.calibration)
 
+    def forward_s(self, op: Op, graph: OpGraph, position: int) -> float:
+        """Seconds of an operator's forward at a position."""
+        return self.seconds(_done(op, graph, formulas.work(op, graph)), position)
+
+    def backward_s(self, op: Op, graph: OpGraph, position: int) -> float:
+        """Seconds of all that an operator's backward computes."""
+        works = backward.work(op, graph, kernels=self.kernels)
+        return sum(self.seconds(_done(op, graph, work), position) for work in works)
+
     def group(self, axes: Sequence[AxisName], position: int) -> tuple[int, ...]:
         """Return the ranks that a rank at `position` communicates with along `axes`."""
         found = [self.ranks[position]]
@@ -134,6 +143,15 @@ def kernels(cluster: Cluster) -> backward.Kernels:
     return "cpu" if cluster.device(0).kind == "cpu" else "cuda"
 
 
+def _done(op: Op, graph: OpGraph, work: Work) -> Work:
+    """What is done of the work counted: fused kernels skip what a causal mask hides, half of all
+    pairs of positions.
+    """
+    if op.kind != formulas.ATTENTION or work.op_class != "attention":
+        return work
+    return replace(work, flops=work.flops / 2) if op.arguments["is_causal"] else work
+
+
 def model_flops(graph: OpGraph) -> float:
     """Return forward and backward FLOPs of the matrix operators of the whole batch (MFU counts
     neither recomputation nor element-wise work; PaLM, arXiv 2204.02311, appendix B).
@@ -147,10 +165,18 @@ def model_flops(graph: OpGraph) -> float:
             flops = sum(
                 work.flops
                 for op in segment.ops
-                for work in (formulas.work(op, graph), *backward.work(op, graph))
+                for work in (formulas.work(op, graph), *_backward_once(op, graph))
                 if work.op_class in counted
             )
         if segment.structure:
             alike[segment.structure] = flops
         found += flops
     return found
+
+
+def _backward_once(op: Op, graph: OpGraph) -> tuple[Work, ...]:
+    """Backward work without what a fused kernel computes again: attention's is twice forward's."""
+    works = backward.work(op, graph)
+    if op.kind != formulas.ATTENTION or not works:
+        return works
+    return (replace(works[0], flops=2 * formulas.work(op, graph).flops), *works[1:])

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from toolkit.cost.work import Work
-from toolkit.ir import backward, formulas
 from toolkit.ir.graph import OpGraph, Tensor
 from toolkit.plan import chain
 from toolkit.plan.lower.program import local as executor
@@ -191,13 +189,8 @@ class _Seconds:
 
     def of(self, name: str, kind: str) -> float:
         if (name, kind) not in self._known:
-            op = self.graph.op(name)
-            works: Sequence[Work]
-            if kind == "F":
-                works = (formulas.work(op, self.graph),)
-            else:
-                works = backward.work(op, self.graph, kernels=self.costs.kernels)
-            self._known[name, kind] = sum(self.costs.seconds(work, self.position) for work in works)
+            seconds = self.costs.forward_s if kind == "F" else self.costs.backward_s
+            self._known[name, kind] = seconds(self.graph.op(name), self.graph, self.position)
         return self._known[name, kind]
 
 
