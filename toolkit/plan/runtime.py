@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -116,6 +116,12 @@ def example_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in _inputs(plan, 1, "meta", 0).items()}
 
 
+def global_batch(plan: Plan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of each input of a global batch, by name."""
+    found = _inputs(plan, plan.provenance.sizes["batch"], "meta", 0)
+    return {name: (tuple(value.shape), value.dtype) for name, value in found.items()}
+
+
 def text_inputs(plan: Plan) -> tuple[str, str]:
     """Return the names of the model's two inputs, ids and targets of one shape.
 
@@ -141,9 +147,13 @@ def text_inputs(plan: Plan) -> tuple[str, str]:
 def prepare(plan: Plan, here: Session, *, dtype: torch.dtype | None = None) -> Lowered:
     """Build the model and lower the plan on this rank."""
     mesh = mesh_of(plan, here)
+    place = here
+    if ladder.rung(plan) == "schedule" and plan.provenance.model in models.names():
+        # The zoo's initial weights go by name: a rank makes those of its own stages alone.
+        place = replace(here, device=torch.device("meta"))
     return ladder.lower(
         plan,
-        build(plan, here, dtype),
+        build(plan, place, dtype),
         mesh,
         Recorder(here.rank),
         example(plan, here, batch=plan.microbatch, seed=plan.seed, dtype=dtype),

@@ -2,7 +2,7 @@
 over it.
 
     mesh        (pipeline p, data n): n replicas, each a pipeline; (pipeline p) where n is 1
-    placements  with data, every block and the root: replicate
+    placements  with data, every block and the root: replicate, or shard_optimizer (ZeRO-1)
     stages      cut so that the slowest stage is as fast as can be (by the blocks' own work)
     order       one of order/families.py, or one that a search found ("custom")
 
@@ -22,7 +22,7 @@ from toolkit.ir.graph import OpGraph
 from toolkit.plan import chain
 from toolkit.plan.order import families
 from toolkit.plan.order.pipeline import Order
-from toolkit.plan.plan import Axis, Placement, Plan, Stage
+from toolkit.plan.plan import Axis, How, Placement, Plan, Stage
 from toolkit.plan.subject import Subject
 
 CUSTOM = "custom"
@@ -39,9 +39,10 @@ def write(
     microbatches: int | None = None,
     recompute: bool = False,
     data: int = 1,
+    how: How = "replicate",
 ) -> Plan:
     """Return the plan of `schedule` over `num_ranks` ranks (default: the whole cluster), `data` of
-    them in each position.
+    them in each position, over which parameters lie as `how`: "replicate" or "shard_optimizer".
 
     Raises InfeasibleError when there are more stages than blocks, ranks or batch do not divide, or
     the schedule cannot run that many microbatches.
@@ -60,8 +61,9 @@ def write(
     except UsageError as error:
         raise InfeasibleError(error.message, remedy=error.remedy) from error
     return follow(
-        subject, cluster, order, schedule, strategy=schedule, data=data, recompute=recompute
-    )
+        subject, cluster, order, schedule,
+        strategy=schedule, data=data, recompute=recompute, how=how,
+    )  # fmt: skip
 
 
 def follow(
@@ -73,6 +75,7 @@ def follow(
     strategy: str = "pipeline",
     data: int = 1,
     recompute: bool = False,
+    how: How = "replicate",
 ) -> Plan:
     """Return the plan that runs `order`, such as one that a search found: a stage for each of its
     placements.
@@ -93,7 +96,7 @@ def follow(
         strategy=strategy,
         provenance=subject.provenance(cluster),
         mesh=mesh if data > 1 else mesh[:1],
-        placements=tuple(Placement(path, "data", "replicate") for path in units),
+        placements=tuple(Placement(path, "data", how) for path in units),
         stages=stages(micro, subject.blocks, order.placement, cluster),
         microbatches=order.num_microbatches,
         schedule=schedule,

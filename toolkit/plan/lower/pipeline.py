@@ -2,13 +2,13 @@
 
 Every stage lies on one position; a position may hold several (interleaved, V-shaped). Beside the
 pipeline axis the mesh may have replica and data axes, over which each stage's gradients are reduced
-unit by unit. A reduction starts in the stage's last backward as soon as its unit is complete; under
-schedules that put weights' gradients off, at the end of the step.
+unit by unit (reductions.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 
 from toolkit.errors import UsageError
-from toolkit.plan.lower import deferred, groups, stages
-from toolkit.plan.lower.data import Buckets, Gradients
+from toolkit.plan.lower import deferred, groups, stages, weights
 from toolkit.plan.lower.lowered import Batch, Lowered
 from toolkit.plan.lower.recorder import Recorder
+from toolkit.plan.lower.reductions import Reductions, in_order
 from toolkit.plan.lower.stages import StageModule
 from toolkit.plan.lower.table import Runtime
 from toolkit.plan.order import deadlock
@@ -86,7 +86,11 @@ class TimedStage(PipelineStage):
 
 
 class Pipeline(Lowered):
-    """The stages of one position, and what their gradients meet."""
+    """The stages of one position, and what their gradients meet.
+
+    `module` may be on meta: then only the parameters of these stages are made. Otherwise the whole
+    model is there while it is cut, and what other positions hold is freed with it afterwards.
+    """
 
     rung = "schedule: torch pipeline runtime with this plan's table"
 
@@ -104,19 +108,26 @@ class Pipeline(Lowered):
         self.position = plan.along("pipeline", rank).index(rank)
         self.replica = groups.replica(plan, rank)
         held = plan.held_stages(self.position)
-        names = {id(parameter): name for name, parameter in module.named_parameters()}
-        cuts = stages.cut(
-            module, example, [stage.begins_at for stage in plan.stages], plan.recompute
-        )
-        paths = [
-            {names[id(parameter)]: parameter for parameter in cut.module.parameters()}
-            for cut in cuts
-        ]
+        self.device = next(iter(example.values())).device
+        begins_at = [stage.begins_at for stage in plan.stages]
+        if weights.on_meta(module):
+            batch = {name: value.to("meta") for name, value in example.items()}
+            cuts = stages.cut(module, batch, begins_at, plan.recompute)
+            paths = _paths(module, cuts)
+            weights.make(module, [cuts[index].module for index in held], self.device, plan.seed)
+            for index in held:
+                paths[index] = _paths(module, [cuts[index]])[0]
+        else:
+            cuts = stages.cut(module, example, begins_at, plan.recompute)
+            paths = _paths(module, cuts)
         self.parameters = {name: value for index in held for name, value in paths[index].items()}
         self.inputs = tuple(dict.fromkeys(name for i in held for name in cuts[i].user_inputs))
         self.shared = _shared(plan, paths)
-        self.reductions = self._reductions(mesh, held, paths)
-        self.device = next(iter(self.parameters.values())).device
+        row = plan.order[self.position]
+        put_off = {action.stage for action in row if action.kind == "W"}
+        self.reductions = Reductions(
+            plan, mesh, in_order(plan, self.position, paths), self.shared, put_off
+        )
         group = mesh.get_group("pipeline")
         self.runtime = Runtime(
             [
@@ -130,10 +141,10 @@ class Pipeline(Lowered):
                     output_args=cuts[index].outputs,
                     group=group,
                     recorder=recorder,
-                    before_last=self._before_last(index),
-                    dw_builder=deferred.defer(cuts[index].module).take
-                    if self._splits(index)
-                    else None,
+                    before_last=functools.partial(self.reductions.arm, index),
+                    dw_builder=(
+                        deferred.defer(cuts[index].module).take if index in put_off else None
+                    ),
                 )
                 for index in held
             ],
@@ -142,48 +153,30 @@ class Pipeline(Lowered):
             divisor=plan.microbatches * plan.num_replicas,
         )
 
-    def _reductions(
-        self, mesh: DeviceMesh, held: Sequence[int], paths: Sequence[Mapping[str, nn.Parameter]]
-    ) -> dict[int, Gradients]:
-        """The reductions over replicas by stage: those whose parameters it is the last to use."""
-        plan = self.plan
-        if plan.num_replicas == 1:
-            return {}
-        group = groups.along(plan, ("replica", "data"), mesh)
-        row = [action.stage for action in plan.order[self.position] if action.kind in "BW"]
-        ends = {stage: at for at, stage in enumerate(row)}
-        last = {
-            name: index
-            for index in sorted(held, key=lambda index: ends[index])
-            for name in paths[index]
-        }
-        return {
-            index: Buckets(
-                {name: value for name, value in paths[index].items() if last[name] == index},
-                plan.placed("replicate"),
-                group,
-            )
-            for index in held
-        }
-
-    def _before_last(self, index: int) -> Callable[[], None]:
-        def arm() -> None:
-            # What is put off comes after backward's hooks, and they would reduce without it.
-            if index in self.reductions and not self._splits(index):
-                self.reductions[index].arm(last=True)
-
-        return arm
-
-    def _splits(self, index: int) -> bool:
-        """Whether some backward of the stage is in two halves."""
-        row = self.plan.order[self.position]
-        return any(action.stage == index and action.kind == "W" for action in row)
-
     def zero_gradients(self) -> None:
-        if not self.reductions:
+        if self.reductions:
+            self.reductions.zero()
+        else:
             super().zero_gradients()
-        for reduction in self.reductions.values():
-            reduction.zero()
+
+    def optimizer_parameters(self) -> dict[str, nn.Parameter]:
+        whole = super().optimizer_parameters()
+        sharded = self.reductions.sharded
+        kept = {name: value for name, value in whole.items() if name not in sharded}
+        return {**kept, **self.reductions.pieces}
+
+    def after_update(self) -> None:
+        if self.reductions.sharded:
+            with self.recorder.span("gather parameters", "communication"):
+                self.reductions.after_update()
+
+    def saved(self, name: str, value: Tensor) -> Any:
+        return self.reductions.saved(name, value)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.reductions.gradients()
+        sharded = self.reductions.sharded
+        yield from (found for found in super().gradients() if found[0] not in sharded)
 
     def step(self, batch: Batch) -> Tensor | None:
         first = self.replica * self.plan.rank_batch
@@ -191,8 +184,7 @@ class Pipeline(Lowered):
         loss = self.runtime.run({_INPUT + name: batch[name][samples] for name in self.inputs})
         if self.reductions:
             with self.recorder.span("wait for gradients", "communication"):
-                for reduction in self.reductions.values():
-                    reduction.settle(last=True)
+                self.reductions.settle()
         for name, group in self.shared.items():
             if name in self.parameters:
                 with self.recorder.span(f"sum {name}", "communication"):
@@ -215,10 +207,18 @@ class Pipeline(Lowered):
         return float(total) / self.plan.num_replicas
 
 
+def _paths(module: nn.Module, cuts: Sequence[StageModule]) -> list[dict[str, nn.Parameter]]:
+    """Each stage's parameters by their path in the whole model."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [
+        {names[id(parameter)]: parameter for parameter in cut.module.parameters()} for cut in cuts
+    ]
+
+
 def check(plan: Plan) -> None:
     """Raise UsageError for a plan that torch's pipeline runtime cannot run."""
     outside = [axis.name for axis in plan.mesh if axis.name not in ("pipeline", "replica", "data")]
-    ways = sorted({entry.how for entry in plan.placements} - {"replicate"})
+    ways = sorted({entry.how for entry in plan.placements} - {"replicate", "shard_optimizer"})
     wide = [i for i, stage in enumerate(plan.stages) if len(stage.devices) > 1 or stage.no_grad]
     idle = [place for place, row in enumerate(plan.order) if not row]
     if outside or ways or wide or plan.splits:
