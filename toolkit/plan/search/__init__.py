@@ -1,5 +1,14 @@
 """The search for a plan: how operators are split, where stages begin, and everything around it.
 
-Reading order: layouts.py (a tensor over axes), local.py (an operator's part), block.py (a segment
-as a problem), intra_op.py (its solution), stack.py (all segments).
+`search` is the entry. Reading order, from the inside out: layouts.py (a tensor over axes), local.py
+(an operator's part), block.py (a segment as a problem), intra_op.py (its solution), linears.py (the
+known solutions), stack.py (all segments), rows.py (what they take), inter_op.py (stages),
+schedules.py, site.py, estimate.py and arrange.py (a candidate), space.py, constraints.py and
+frontier.py, outer.py (the loop), write.py (the plan), found.py (the result).
 """
+
+from toolkit.plan.search.constraints import Constraints
+from toolkit.plan.search.found import Change, Found, search
+from toolkit.plan.search.frontier import Candidate
+
+__all__ = ["Candidate", "Change", "Constraints", "Found", "search"]

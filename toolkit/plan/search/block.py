@@ -7,14 +7,16 @@ that follows a copy of itself hands its outputs to its own inputs, so the proble
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from toolkit.ir.graph import Op, OpGraph
+from toolkit.ir.graph import Op, OpGraph, Tensor
+from toolkit.plan.chain import Segment as Run
+from toolkit.plan.predict.alive import Alive
 from toolkit.plan.program import rules
 from toolkit.plan.search.intra_op import Edge, Node, Problem, Solution
 from toolkit.plan.search.layouts import (
@@ -25,6 +27,7 @@ from toolkit.plan.search.layouts import (
     Resharding,
     V,
     Way,
+    local_shape,
     share,
     ways,
 )
@@ -57,7 +60,9 @@ class Cost:
 
     `again_s` is what recomputing it adds to the backward, `weight_s` the part of the backward
     that makes gradients of weights, `sync_s` (a step) what reducing gradients of weights over the
-    axes takes. Bytes are local; `entering_bytes` is what recomputation keeps.
+    axes takes. Bytes are local: `entering_bytes` are what recomputation keeps, `temporary_bytes`
+    what the fullest operator takes beyond what is saved, `owed_bytes` what the input's half of
+    backward leaves to the other.
     """
 
     forward_s: float
@@ -68,10 +73,11 @@ class Cost:
     saved_bytes: int
     entering_bytes: int
     temporary_bytes: int
-    parameters: Mapping[str, int]  # name -> local bytes
+    owed_bytes: int
+    parameters: Mapping[str, Tensor]  # as they are on this rank
 
 
-@dataclass(frozen=True)
+@dataclass
 class Chosen:
     """A solved segment: the identifiers its operators split, and the ends it shows to others."""
 
@@ -83,6 +89,7 @@ class Chosen:
     memory: float = 0.0
     gap: float = 0.0  # how far from the best it may be, relative
     method: str = ""
+    passing: tuple[int, int] | None = None
 
 
 @dataclass
@@ -100,7 +107,7 @@ class Segment:
     first_keeper: Mapping[str, str]  # saved memory -> the operator that keeps it first
     num_samples: int
     loops: Mapping[str, str] = field(default_factory=dict)
-    veto: Callable[[str, str, AxisName], bool] | None = None
+    may_split: Callable[[str, str, AxisName], bool] | None = None
     _ways: dict[str, tuple[Way, ...]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -130,7 +137,7 @@ class Segment:
                     return False
                 if found.sizes[name] == self.num_samples and self._leads(op, name):
                     return False
-                return self.veto is None or self.veto(op.name, name, axis)
+                return self.may_split is None or self.may_split(op.name, name, axis)
 
             self._ways[op.name] = ways(found, self.axes, allowed)
         return self._ways[op.name]
@@ -178,10 +185,10 @@ class Segment:
     def cost(self, chosen: Chosen, parts: Parts | None = None) -> Cost:
         """Return what a layout costs on the device of `parts` (default: the one searched for)."""
         parts = parts or self.parts
-        forward_s = backward_s = weight_s = again_s = sync_s = 0.0
+        forward_s = backward_s = weight_s = again_s = 0.0
+        partial: dict[tuple[Layout, Layout], float] = {}
         saved = 0
-        temporary = 0
-        held: dict[str, int] = {}
+        held: dict[str, Tensor] = {}
         for op in self.ops:
             way = self.way(op, chosen.dims.get(op.name))
             part = parts.part(op, way)
@@ -190,21 +197,21 @@ class Segment:
             backward_s += part.backward_s
             weight_s += part.weight_s
             saved += sum(size for name, size in part.kept if self.first_keeper.get(name) == op.name)
-            sync_s += self.sync_s(op, way)
+            for key, size in self._partial(op, way):
+                partial[key] = partial.get(key, 0.0) + size
             held.update(self.held(op, way))
-            for name, layout in zip(op.outputs, way.makes, strict=True):
-                size = self.graph.tensors[name].num_bytes // share(layout, self.axes)
-                temporary = max(temporary, size)
+        temporary, owed = self._passing(chosen)
         moves = _Built(self, Weights(), chosen.made, chosen.taken, chosen.dims).moves()
         return Cost(
             forward_s=forward_s + moves.forward_s,
             backward_s=backward_s + moves.backward_s,
             weight_s=weight_s,
             again_s=again_s + moves.again_s,
-            sync_s=sync_s,
+            sync_s=sum(self.resharding.seconds(size, *key) for key, size in partial.items()),
             saved_bytes=saved,
             entering_bytes=self._entering(chosen),
             temporary_bytes=temporary,
+            owed_bytes=owed,
             parameters=held,
         )
 
@@ -217,21 +224,46 @@ class Segment:
         """Seconds a step of summing gradients of weights that are whole on an axis which splits
         the work.
         """
-        total = 0.0
+        return sum(self.resharding.seconds(size, *key) for key, size in self._partial(op, way))
+
+    def _partial(self, op: Op, way: Way) -> Iterator[tuple[tuple[Layout, Layout], float]]:
+        """Yield (layout of the gradient, layout it is wanted in) and bytes of such weights."""
         for name, left in zip(op.inputs, way.leaves, strict=True):
             tensor = self.graph.tensors[name]
             if tensor.role == "parameter" and tensor.requires_grad and V in left:
                 target = tuple(R if slot == V else slot for slot in left)
-                total += self.resharding.seconds(tensor.num_bytes, left, target)
-        return total
+                yield (left, target), float(tensor.num_bytes)
 
-    def held(self, op: Op, way: Way) -> dict[str, int]:
-        """Local bytes of the parameters that `op` reads."""
+    def held(self, op: Op, way: Way) -> dict[str, Tensor]:
+        """Return the parameters that `op` reads, as they are on this rank."""
         return {
-            name: self.graph.tensors[name].num_bytes // share(read, self.axes)
+            name: self._part(name, read)
             for name, read in zip(op.inputs, way.reads, strict=True)
             if self.graph.tensors[name].role == "parameter"
         }
+
+    def _part(self, name: str, layout: Layout) -> Tensor:
+        tensor = self.graph.tensors[name]
+        return replace(tensor, shape=local_shape(tensor.shape, layout, self.axes))
+
+    def _passing(self, chosen: Chosen) -> tuple[int, int]:
+        """What the fullest operator takes beyond what is saved, and what the input's half of
+        backward leaves to the weights' half, in bytes; a tensor is as large as where it is largest.
+        """
+        if chosen.passing is None:
+            largest: dict[str, Tensor] = {}
+            for op in self.ops:
+                way = self.way(op, chosen.dims.get(op.name))
+                ends = [*zip(op.inputs, way.reads), *zip(op.outputs, way.makes)]  # noqa: B905
+                for name, layout in ends:
+                    part = self._part(name, layout)
+                    if name not in largest or part.numel > largest[name].numel:
+                        largest[name] = part
+            local = replace(self.graph, tensors={**self.graph.tensors, **largest})
+            life = Alive(local, self.parts.kernels).life([Run(None, self.ops)], (), local.outputs)
+            fullest = max(moment.total for moment in (*life.forward, *life.backward))
+            chosen.passing = max(0, fullest - life.kept), life.owed
+        return chosen.passing
 
     def _entering(self, chosen: Chosen) -> int:
         made = {name for op in self.ops for name in op.outputs}
@@ -239,7 +271,7 @@ class Segment:
         total = 0
         for name in read:
             tensor = self.graph.tensors[name]
-            if tensor.role in ("activation", "input"):
+            if tensor.role == "activation":
                 end = chosen.takes.get(name)
                 total += tensor.num_bytes // (share(end.tensor, self.axes) if end else 1)
         return total
@@ -319,7 +351,7 @@ class _Built:
             saved = sum(
                 size for name, size in part.kept if segment.first_keeper.get(name) == op.name
             )
-            held = sum(segment.held(op, way).values())
+            held = sum(tensor.num_bytes for tensor in segment.held(op, way).values())
             memory.append(weights.held * held + (0 if weights.recompute else weights.alive * saved))
         self.at[op.name] = self._add(op.name, seconds, memory)
         self.ways[self.at[op.name]] = chosen

@@ -58,18 +58,13 @@ def cut(
     least = table.best(math.inf)
     if least is None:
         return None
-    slowest = table.least_bound()
-    best: Cut | None = None
-    for tried, bound in enumerate(table.bounds(slowest)):
-        if best is not None and (
-            (num_microbatches - 1) * bound + least.total_s >= best.seconds(num_microbatches)
-            or tried >= _MOST_BOUNDS
-        ):
+    best = least
+    for tried, bound in enumerate(table.bounds(table.least_bound())):
+        reachable = (num_microbatches - 1) * bound + least.total_s
+        if reachable >= best.seconds(num_microbatches) * (1 - 1e-12) or tried >= _MOST_BOUNDS:
             break
         found = table.best(bound)
-        if found is not None and (
-            best is None or found.seconds(num_microbatches) < best.seconds(num_microbatches)
-        ):
+        if found is not None and found.seconds(num_microbatches) < best.seconds(num_microbatches):
             best = found
     return best
 

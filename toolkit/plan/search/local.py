@@ -7,7 +7,8 @@ those of every other prediction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from toolkit.cost import roofline
@@ -16,6 +17,7 @@ from toolkit.cost.work import Work
 from toolkit.hardware import Device
 from toolkit.ir import backward, formulas
 from toolkit.ir.graph import Op, OpGraph, Tensor
+from toolkit.plan.predict.alive import is_put_off
 from toolkit.plan.search.layouts import Axis, Layout, Way, local_shape, share
 
 _ENTRY = "entry"
@@ -23,8 +25,8 @@ _ENTRY = "entry"
 
 @dataclass(frozen=True)
 class Part:
-    """What a part of an operator takes and keeps: `weight_s` of the backward makes gradients of
-    parameters alone.
+    """What a part of an operator takes and keeps; `weight_s` is what can be put off of backward:
+    gradients of Linears' weights.
     """
 
     forward_s: float
@@ -91,10 +93,9 @@ class Parts:
         forward_s = self._seconds((formulas.work(op, local),))
         backward_s = self._seconds(backward.work(op, local, kernels=self.kernels))
         weight_s = 0.0
-        weights = [t for t in local.input_tensors(op) if t.role == "parameter" and t.requires_grad]
-        if weights and backward_s:
-            fixed = {t.name: replace(t, requires_grad=False) for t in weights}
-            frozen = replace(local, tensors={**local.tensors, **fixed})
+        if backward_s and is_put_off(op, local):
+            weight = formulas.tensor_of(op, local, "weight")
+            frozen = _with(local, {weight.name: replace(weight, requires_grad=False)})
             weight_s = backward_s - self._seconds(backward.work(op, frozen, kernels=self.kernels))
         kept: tuple[tuple[str, int], ...] = ()
         if op.name in local.differentiated:
@@ -114,10 +115,23 @@ class Parts:
             changed[name] = replace(tensor, shape=local_shape(tensor.shape, layout, self.axes))
             if tensor.is_view:
                 changed.setdefault(tensor.storage, self._storage(tensor, layout))
-        return replace(self.graph, tensors={**self.graph.tensors, **changed})
+        return _with(self.graph, changed)
 
     def _storage(self, view: Tensor, layout: Layout) -> Tensor:
         """The memory a local view lies in: as much smaller as the view, unless it is expanded."""
         owner = self.graph.tensors[view.storage]
         parts = share(layout, self.axes) if view.numel <= owner.numel else 1
         return replace(owner, shape=(owner.numel // parts,))
+
+
+def _with(graph: OpGraph, changed: Mapping[str, Tensor]) -> OpGraph:
+    """Return the graph with some tensors changed, unchecked: this is done thousands of times.
+
+    What was derived from names alone stays; who is differentiated depends on requires_grad.
+    """
+    made = copy.copy(graph)
+    object.__setattr__(made, "tensors", {**graph.tensors, **changed})
+    if any(tensor.requires_grad != graph.tensors[name].requires_grad
+           for name, tensor in changed.items()):  # fmt: skip
+        made.__dict__.pop("differentiated", None)
+    return made

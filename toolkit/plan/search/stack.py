@@ -6,7 +6,7 @@ solved against what they read and make.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,11 +16,14 @@ from toolkit.ir import backward, fold
 from toolkit.ir.graph import OpGraph
 from toolkit.plan import chain
 from toolkit.plan.search.block import Chosen, Cost, Dims, End, Segment, Weights
-from toolkit.plan.search.layouts import Axis, AxisName, Resharding
+from toolkit.plan.search.layouts import Axis, AxisName, Resharding, share
 from toolkit.plan.search.local import Parts, cut_out
 from toolkit.plan.subject import Subject
 
-Veto = Callable[[str, str, AxisName], bool]
+# How far from the best a block's layout under a memory limit may be.
+_GAP = 0.01
+
+MaySplit = Callable[[str, str, AxisName], bool]
 
 
 @dataclass(frozen=True)
@@ -85,14 +88,10 @@ class Layouts:
 
     chosen: Mapping[int, Chosen]
 
-    def dims(self, kind: int, graph_ops: Sequence[str], own: Sequence[str]) -> dict[str, Dims]:
-        """Return a kind's identifiers under the names of another item's operators."""
-        dims = self.chosen[kind].dims
-        return {
-            mine: dims[theirs]
-            for theirs, mine in zip(graph_ops, own, strict=True)
-            if theirs in dims
-        }
+    @property
+    def splits_anything(self) -> bool:
+        """Whether the axes are used at all."""
+        return any(any(dims) for one in self.chosen.values() for dims in one.dims.values())
 
 
 class Stack:
@@ -106,7 +105,8 @@ class Stack:
         num_samples: int,
         *,
         calibration: Calibration | None = None,
-        veto: Veto | None = None,
+        may_split: MaySplit | None = None,
+        first: int = 0,
     ) -> None:
         self.outline = outline
         self.cluster = cluster
@@ -115,16 +115,15 @@ class Stack:
         self.calibration = calibration
         self.graph = outline.graph(num_samples)
         self.resharding = Resharding(axes, cluster)
-        first = axes[0].ranks[0] if axes else 0
         self.device = cluster.device(first)
         self.segments = {
-            kind: self._segment(index, veto) for kind, index in outline.representatives.items()
+            kind: self._segment(index, may_split) for kind, index in outline.representatives.items()
         }
         self._costs: dict[tuple[int, str, int], Cost] = {}
         self._parts: dict[tuple[int, str], Parts] = {}
         self._layouts: dict[object, Layouts] = {}
 
-    def _segment(self, index: int, veto: Veto | None) -> Segment:
+    def _segment(self, index: int, may_split: MaySplit | None) -> Segment:
         item = self.outline.items[index]
         ops = self.graph.ops[item.begin : item.end]
         graph = cut_out(self.graph, ops, item.path or self.graph.name)
@@ -147,7 +146,7 @@ class Stack:
             first_keeper=self.outline.first_keeper,
             num_samples=self.num_samples,
             loops=loops,
-            veto=veto,
+            may_split=may_split,
         )
 
     def _priced(self, graph: OpGraph, device: Device) -> Parts:
@@ -201,6 +200,7 @@ class Stack:
                 fixed=dims,
                 memory_limit=limits.get(kind, float("inf")) * (1 + 1e-9),
                 time_limit_s=time_limit_s,
+                gap=_GAP,
             )
             assert found is not None
             chosen[kind] = found
@@ -246,3 +246,19 @@ class Stack:
                 self._costs[key] = segment.cost(chosen, parts)
             found[kind] = self._costs[key]
         return tuple(found[item.kind] for item in self.outline.items)
+
+    def sizes(self, layouts: Layouts) -> dict[str, int]:
+        """Return the bytes one rank has of every tensor that depends on a parameter, as made."""
+        found: dict[str, int] = {}
+        for kind, chosen in layouts.chosen.items():
+            own = self.segments[kind].ops
+            parts = {name: share(end.tensor, self.axes) for name, end in chosen.makes.items()}
+            for item in self.outline.items:
+                if item.kind != kind:
+                    continue
+                theirs = self.graph.ops[item.begin : item.end]
+                for mine, other in zip(own, theirs, strict=True):
+                    for name, copy in zip(mine.outputs, other.outputs, strict=True):
+                        if name in parts:
+                            found[copy] = self.graph.tensors[copy].num_bytes // parts[name]
+        return found

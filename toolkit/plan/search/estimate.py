@@ -1,0 +1,380 @@
+"""What a candidate takes: seconds of a step and bytes of every position, in milliseconds of search.
+
+The same costs and the same order of events as toolkit.plan.predict, with what repeats added up
+instead of simulated; a test holds the two together. A stage's backward is followed piece by piece
+where gathers and reductions run beside it, and the schedule is timed by its own table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from toolkit.cost.memory import CATEGORIES
+from toolkit.ir.graph import Tensor
+from toolkit.plan.order.pipeline import Stage as Span
+from toolkit.plan.plan import How
+from toolkit.plan.predict.units import padded_elements, padded_rows
+from toolkit.plan.search import schedules
+from toolkit.plan.search.rows import Rows
+from toolkit.plan.search.site import Site
+
+_MOMENTS = 2  # as predict.memory
+
+
+class Stretch(NamedTuple):
+    """The items of a stage, the first `again` - `begin` of which are recomputed."""
+
+    begin: int
+    end: int
+    again: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Predicted by the search's own sums: a step, the idle share, and bytes at each position."""
+
+    step_s: float
+    bubble: float
+    memory: tuple[Mapping[str, int], ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(sum(entries.values()) for entries in self.memory)
+
+
+class _Unit(NamedTuple):
+    item: int  # in whose backward it is reduced
+    is_root: bool
+    whole: int  # bytes, padded as the way needs it
+    gather_s: float
+    reduce_s: float
+    after_s: float
+    held: int
+    gradients: int
+    share: int  # of the gradients, once reduced
+    reserved: int
+    updated: int
+
+
+class _Times(NamedTuple):
+    """Seconds of a stage's passes of one microbatch."""
+
+    forward: float
+    backward: float
+    weight: float
+    last: float  # the last backward, to the end of its computing
+    reduced: float  # the same, to the end of its reductions
+    later: float  # the last W, to the end of reductions that begin in it, beyond its computing
+    before: float  # the very first gather
+    compute: float
+
+
+@dataclass
+class Estimator:
+    """Estimates candidates of one mesh and one microbatch size; `rows[k]` are the chain's items on
+    positions of class k, `borders[j]` what crosses a cut before item j (bytes by tensor).
+    """
+
+    site: Site
+    rows: Sequence[Rows]
+    borders: Sequence[Sequence[int]]
+    _units_seen: dict[object, tuple[_Unit, ...]] = field(default_factory=dict, repr=False)
+    _unit_seen: dict[object, _Unit] = field(default_factory=dict, repr=False)
+    _times_seen: dict[object, _Times] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.prefetch = self.site.cluster.device(0).kind != "cpu"
+        self.kind_of = {name: index for index, name in enumerate(self.site.kinds)}
+
+    def estimate(
+        self,
+        stretches: Sequence[Stretch],
+        positions: Sequence[int],
+        *,
+        family: str,
+        microbatches: int,
+        zero: How,
+    ) -> Estimate:
+        """Return the estimate of stages `stretches`, stage s at `positions[s]`."""
+        num = self.site.mesh.pipeline
+        times = [
+            self._times(stretch, position, zero, first=s == 0)
+            for s, (stretch, position) in enumerate(zip(stretches, positions, strict=True))
+        ]
+        spans = [self._span(one, family) for one in times]
+        delays = [
+            self._sends_s(stretches[s + 1].begin, positions[s], positions[s + 1])
+            for s in range(len(stretches) - 1)
+        ]
+        timing = schedules.timed(family, microbatches, spans, delays, num)
+        # The table counts devices by the family's own placement.
+        places = schedules.placement(family, num) if num > 1 else (0,) * len(stretches)
+        end_s = {positions[s]: timing.ends_s[place] for s, place in enumerate(places)}
+        sums = self._shared(stretches, positions)
+        step_s = 0.0
+        memory: list[Mapping[str, int]] = [{}] * num
+        busy = 0.0
+        moments = schedules.alive(family, num, microbatches)
+        for place, position in {places[s]: positions[s] for s in range(len(places))}.items():
+            mine = [s for s in range(len(places)) if places[s] == place]
+            halves = schedules.splits_backward(family)
+            tail = max(
+                times[s].later if halves else times[s].reduced - times[s].backward for s in mine
+            )
+            units = [u for s in mine for u in self._units(stretches[s], position, zero)]
+            done = end_s[position] + max(0.0, tail) + times[0].before
+            for name, holders in sums.items():
+                if position in holders:
+                    size = self._tied_bytes(name)
+                    last = max(end_s[holder] for holder in holders)
+                    done = max(done, last + self.site.sum_s(size, holders))
+            update_s = self.site.update_s(sum(u.updated for u in units), position)
+            after_s = sum(u.after_s for u in units)
+            step_s = max(step_s, done + update_s + after_s)
+            busy += microbatches * sum(times[s].compute for s in mine)
+            memory[position] = self._memory(
+                [stretches[s] for s in mine], position, units, moments[place], microbatches, mine,
+                positions,
+            )  # fmt: skip
+        bubble = max(0.0, 1 - busy / (num * timing.length_s))
+        return Estimate(step_s, bubble, tuple(memory))
+
+    # Time -----------------------------------------------------------------------------------
+
+    def _span(self, times: _Times, family: str) -> Span:
+        if not schedules.splits_backward(family):
+            return Span(times.forward, times.backward, 0.0)
+        return Span(times.forward, times.backward - times.weight, times.weight)
+
+    def _sends_s(self, item: int, sender: int, receiver: int) -> float:
+        return sum(self.site.send_s(size, sender, receiver) for size in self.borders[item])
+
+    def _times(self, stretch: Stretch, position: int, zero: How, *, first: bool) -> _Times:
+        kind = self.kind_of[self.site.classes[position]]
+        key = (stretch, kind, zero, first)
+        if key not in self._times_seen:
+            self._times_seen[key] = self._timed(stretch, position, zero, self.rows[kind], first)
+        return self._times_seen[key]
+
+    def _timed(self, stretch: Stretch, position: int, zero: How, rows: Rows, first: bool) -> _Times:
+        begin, end, again = stretch
+        items = range(begin, end)
+        forward = rows.forward[begin:end].tolist()
+        backward = [
+            float(rows.backward[i] + (rows.again[i] if i < again and rows.gain[i] > 0 else 0.0))
+            for i in items
+        ]
+        weights = rows.weight[begin:end].tolist()
+        sync = rows.sync[begin:end]
+        units = self._units(stretch, position, zero)
+        gathers, back_gathers = [0.0] * len(forward), [0.0] * len(forward)
+        reduces = [float(s) for s in sync]
+        each = [0.0] * len(forward)
+        for unit in units:
+            gathers[unit.item - begin] += unit.gather_s
+            if not unit.is_root:
+                back_gathers[unit.item - begin] += unit.gather_s
+            reduces[unit.item - begin] += unit.reduce_s
+            if zero == "shard_gradients":
+                each[unit.item - begin] += unit.reduce_s
+        nothing = [0.0] * len(forward)
+        forward_s, _ = self._follow(forward, gathers, nothing)
+        before_s = 0.0
+        if first and self.prefetch:
+            # Nothing holds up a step's first gathers but those before: they hide, save once.
+            before_s = gathers[0]
+            forward_s -= before_s
+        middle_s, _ = self._follow(backward[::-1], back_gathers[::-1], each[::-1])
+        last_s, reduced_s = self._follow(backward[::-1], back_gathers[::-1], reduces[::-1])
+        _, later_s = self._follow(weights[::-1], nothing, reduces[::-1])
+        return _Times(
+            forward_s,
+            max(middle_s, sum(each)),
+            sum(weights),
+            last_s,
+            max(last_s, reduced_s),
+            max(0.0, later_s - sum(weights)),
+            before_s,
+            sum(forward) + sum(backward),
+        )
+
+    def _follow(
+        self, compute: list[float], gathers: list[float], reduces: list[float]
+    ) -> tuple[float, float]:
+        """Pieces one after another; a piece's gather runs while the one before computes, its
+        reduction after it. Returns when computing ends, and when the network is done.
+        """
+        if not any(gathers) and not any(reduces):
+            return sum(compute), 0.0
+        ends = [0.0]
+        network = 0.0
+        for seconds, gather, reduce in zip(compute, gathers, reduces, strict=True):
+            start = ends[-1]
+            if gather:
+                ahead = ends[-2] if self.prefetch and len(ends) > 1 else start
+                network = max(network, ahead) + gather
+                start = max(start, network)
+            end = start + seconds
+            if reduce:
+                network = max(network, end) + reduce
+                if gather and not self.prefetch:
+                    end = network
+            ends.append(end)
+        return ends[-1], network
+
+    # Parameters -----------------------------------------------------------------------------
+
+    def _units(self, stretch: Stretch, position: int, zero: How) -> tuple[_Unit, ...]:
+        """Parameters that are gathered and reduced together: each block's, and all others."""
+        kind = self.kind_of[self.site.classes[position]]
+        key = (stretch.begin, stretch.end, kind, zero)
+        if key not in self._units_seen:
+            rows = self.rows[kind]
+            items = range(stretch.begin, stretch.end)
+            groups = [(i, False, rows.parts[i]) for i in items if rows.is_block[i]]
+            root = {
+                part.name: part for i in items if not rows.is_block[i] for part in rows.parts[i]
+            }
+            groups.append((stretch.begin, True, tuple(root.values())))
+            found = []
+            for item, is_root, parts in groups:
+                # Copies of a block hold the same tuple of parameters.
+                own = ("root", stretch.begin, stretch.end) if is_root else id(parts)
+                known = (own, kind, zero)
+                if parts and known not in self._unit_seen:
+                    unit = self._unit(item, is_root, parts, position, zero)
+                    self._unit_seen[known] = unit
+                if parts:
+                    found.append(self._unit_seen[known]._replace(item=item))
+            self._units_seen[key] = tuple(found)
+        return self._units_seen[key]
+
+    def _unit(
+        self, item: int, is_root: bool, parts: Sequence[Tensor], position: int, zero: How
+    ) -> _Unit:
+        n = self.site.mesh.data
+        trained = [part for part in parts if part.requires_grad]
+        whole = sum(part.num_bytes for part in parts)
+        gradients = sum(part.num_bytes for part in trained)
+        data_s = self.site.data_s
+        if n == 1:
+            return _Unit(item, is_root, 0, 0.0, 0.0, 0.0, whole, gradients, gradients, 0, gradients)
+        if zero == "shard":
+            padded = sum(padded_rows(part, n) for part in parts)
+            reached = sum(padded_rows(part, n) for part in trained)
+            return _Unit(
+                item, is_root, padded, data_s("all_gather", padded, position),
+                data_s("reduce_scatter", reached, position) if reached else 0.0, 0.0,
+                padded // n, reached, reached // n, 0, reached // n,
+            )  # fmt: skip
+        if zero == "replicate":
+            reduce_s = data_s("all_reduce", gradients, position) if gradients else 0.0
+            kept = (gradients,) * 4
+            return _Unit(item, is_root, 0, 0.0, reduce_s, 0.0, whole, *kept)
+        flat = padded_elements(gradients, parts[0].dtype, n)
+        share = flat // n
+        return _Unit(
+            item, is_root, 0, 0.0, data_s("reduce_scatter", flat, position),
+            data_s("all_gather", flat, position), whole, gradients, share,
+            share if zero == "shard_gradients" else share + flat, share,
+        )  # fmt: skip
+
+    def _shared(
+        self, stretches: Sequence[Stretch], positions: Sequence[int]
+    ) -> dict[str, tuple[int, ...]]:
+        """Tied parameters that several positions hold."""
+        holders: dict[str, set[int]] = {}
+        for stretch, position in zip(stretches, positions, strict=True):
+            for names in self.rows[0].tied[stretch.begin : stretch.end]:
+                for name in names:
+                    holders.setdefault(name, set()).add(position)
+        return {name: tuple(sorted(held)) for name, held in holders.items() if len(held) > 1}
+
+    def _tied_bytes(self, name: str) -> int:
+        return max(names[name] for names in self.rows[0].tied if name in names)
+
+    # Memory ---------------------------------------------------------------------------------
+
+    def _memory(
+        self,
+        stretches: list[Stretch],
+        position: int,
+        units: list[_Unit],
+        alive: schedules.Alive,
+        microbatches: int,
+        stages: list[int],
+        positions: Sequence[int],
+    ) -> Mapping[str, int]:
+        rows = self.rows[self.kind_of[self.site.classes[position]]]
+        kept = [
+            self._kept(rows, stretch, first=s == 0)
+            for s, stretch in zip(stages, stretches, strict=True)
+        ]
+        kept += [float(rows.owed[one.begin : one.end].sum()) for one in stretches]
+        passing = [*(self._passing(rows, stretch) for stretch in stretches), 0.0]
+        gathered = self._gathered(units)
+        reserved = sum(u.reserved for u in units)
+        full = reserved or sum(u.gradients for u in units)
+        if any(u.whole for u in units) and microbatches == 1:
+            full = sum(u.share for u in units)
+        # ZeRO-2's whole gradients of a unit, until they are reduced.
+        whole = 0
+        if any(u.reserved == u.share for u in units):
+            whole = max(u.gradients for u in units)
+        moments = []
+        for moment in alive.held:
+            activations = sum(n * k for n, k in zip(moment.counts, kept, strict=True))
+            gradients = full if moment.begun else reserved
+            running = whole if moment.running >= 0 else 0
+            moments.append((activations, gradients + running, passing[moment.running]))
+        activations, gradients, temporary = max(moments, key=sum)
+        received = 0
+        for s, stretch in zip(stages, stretches, strict=True):
+            if s > 0 and positions[s - 1] != position:
+                received += microbatches * sum(self.borders[stretch.begin])
+            if s + 1 < len(positions) and positions[s + 1] != position:
+                received += microbatches * sum(self.borders[stretch.end])
+        sizes = {
+            "parameters": sum(u.held for u in units),
+            "gradients": gradients,
+            "optimizer": _MOMENTS * sum(u.updated for u in units),
+            "activations": activations,
+            "temporary": temporary,
+            "communication": received + gathered,
+        }
+        return {name: int(sizes[name]) for name in CATEGORIES}
+
+    def _kept(self, rows: Rows, stretch: Stretch, *, first: bool) -> float:
+        """What a microbatch keeps from forward to backward; what a stage receives is counted
+        among the messages.
+        """
+        found = float(_saved(rows, stretch).sum())
+        return found if first else max(0.0, found - float(rows.entering[stretch.begin]))
+
+    def _passing(self, rows: Rows, stretch: Stretch) -> float:
+        """What the fullest operator takes beyond what a microbatch keeps. A recomputed block's
+        saved tensors come back; what later items kept is free by then.
+        """
+        kept = _saved(rows, stretch)
+        items = slice(stretch.begin, stretch.end)
+        freed = kept.sum() - np.cumsum(kept)
+        found = rows.temporary[items] + (rows.saved[items] - kept) - freed
+        return max(0.0, float(found.max()))
+
+    def _gathered(self, units: list[_Unit]) -> int:
+        """Whole parameters of the root and of two blocks: one computes, the next is gathered."""
+        blocks = sorted(u.whole for u in units if not u.is_root)
+        root = sum(u.whole for u in units if u.is_root)
+        return root + sum(blocks[-2 if self.prefetch else -1 :])
+
+
+def _saved(rows: Rows, stretch: Stretch) -> Any:
+    """What each item keeps, those that are recomputed only what enters them."""
+    found = rows.saved[stretch.begin : stretch.end].copy()
+    width = stretch.again - stretch.begin
+    found[:width] -= rows.gain[stretch.begin : stretch.again]
+    return found

@@ -1,0 +1,220 @@
+"""`search`: from a subject and a cluster to a plan, the frontier, and what would change it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+from toolkit.cost.calibration import Calibration
+from toolkit.errors import InfeasibleError, UsageError
+from toolkit.hardware import Cluster
+from toolkit.hardware.scaled import scaled
+from toolkit.plan import predict
+from toolkit.plan.library import megatron, sequence_parallel
+from toolkit.plan.plan import Placement, Plan
+from toolkit.plan.search import write
+from toolkit.plan.search.constraints import Constraints
+from toolkit.plan.search.frontier import Candidate
+from toolkit.plan.search.outer import MEGATRON, TOKENS, WHOLE, Outer, Progress
+from toolkit.plan.search.space import Ground
+from toolkit.plan.subject import Subject
+from toolkit.units import format_bytes
+
+# How much more of a resource is asked about.
+_MORE = 1.1
+# The fastest few are predicted in full and ranked by that.
+_FINALISTS = 4
+_GROUNDS_AGAIN = 2
+# Operators times ranks that are predicted one by one.
+_MOST_WRITTEN = 4096
+# Without a time limit.
+_FOR_EVER = 1e9
+
+
+@dataclass(frozen=True)
+class Change:
+    """What 10 % more of something would change: the best step then, and the candidate it is of."""
+
+    what: str
+    step_s: float
+    description: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found. `plan` is predicted; `frontier` and `runner_up` are estimated.
+
+    `considered` candidates were estimated, `pruned` grounds left out because a bound was beaten;
+    `complete` is False when time ran out. `binding` says what keeps the plan from being faster.
+    """
+
+    plan: Plan
+    best: Candidate
+    frontier: tuple[Candidate, ...]
+    runner_up: Candidate | None
+    considered: int
+    pruned: int
+    seconds: float
+    complete: bool
+    binding: str
+    changes: tuple[Change, ...]
+
+
+def search(
+    subject: Subject,
+    cluster: Cluster,
+    *,
+    num_ranks: int | None = None,
+    memory_limit_bytes: float | None = None,
+    time_limit_s: float | None = None,
+    constraints: Constraints | None = None,
+    calibration: Calibration | None = None,
+    progress: Progress = lambda _doing, _best_s: None,
+) -> Found:
+    """Return the best plan found for `subject` on `num_ranks` devices (default: all).
+
+    `progress` is told what is being looked at and the best step so far. Raises InfeasibleError
+    with the nearest candidate and what binds when nothing fits, or nothing divides.
+    """
+    began = time.monotonic()
+    ranks = num_ranks or cluster.num_devices
+    predict.check_fits(ranks, cluster)
+    own = min(cluster.device(rank).memory_bytes for rank in range(ranks))
+    limit = float(memory_limit_bytes) if memory_limit_bytes else float("inf")
+    outer = Outer(
+        subject=subject,
+        cluster=cluster,
+        num_ranks=ranks,
+        limit_bytes=limit,
+        constraints=constraints or Constraints(),
+        calibration=calibration,
+        deadline=began + (time_limit_s or _FOR_EVER),
+        progress=progress,
+    )
+    outer.run()
+    if outer.frontier.best is None:
+        raise _infeasible(outer, min(limit, own))
+    plan, best = _finalist(outer, min(limit, own))
+    others = [one for one in outer.frontier.fastest if one is not best]
+    changes = (*_more_memory(outer, best), *_more_bandwidth(outer, best))
+    members = outer.frontier.members
+    considered = [one.alternative() for one in (*others[:1], *members) if one is not best]
+    plan = replace(plan, considered=tuple(dict.fromkeys(considered)))
+    return Found(
+        plan=plan,
+        best=best,
+        frontier=tuple(members),
+        runner_up=others[0] if others else None,
+        considered=outer.considered,
+        pruned=outer.pruned,
+        seconds=time.monotonic() - began,
+        complete=not outer.stopped,
+        binding=_binding(best, min(limit, own), changes),
+        changes=changes,
+    )
+
+
+def written(candidate: Candidate, outer: Outer) -> Plan:
+    """Return a candidate's plan, predicted in full; with the search's own estimate where operators
+    are split on more ranks than prediction writes out one by one.
+    """
+    subject, cluster = outer.subject, outer.cluster
+    made = write.plan(candidate, outer.outline, subject, cluster, _placed(candidate, subject))
+    ranks = candidate.mesh.pipeline * candidate.mesh.inner
+    if made.splits and ranks * len(subject.graph.ops) > _MOST_WRITTEN:
+        return write.estimated(made, candidate, subject, cluster)
+    try:
+        return predict.predict(made, subject, cluster, calibration=outer.calibration)
+    except UsageError:
+        if outer.constraints.runnable:
+            raise
+        # Nothing runs it, so nothing predicts it rank by rank either.
+        return write.estimated(made, candidate, subject, cluster)
+
+
+def _placed(candidate: Candidate, subject: Subject) -> tuple[Placement, ...] | None:
+    """What places modules over the tensor axis; None where operators are split one by one."""
+    if candidate.split == WHOLE:
+        return ()
+    if candidate.split not in (MEGATRON, TOKENS):
+        return None
+    split = megatron.plan(subject, candidate.stack.cluster, num_ranks=candidate.mesh.tensor)
+    tokens = sequence_parallel.placed(subject, split) if candidate.split == TOKENS else ()
+    return (*split.placements, *tokens)
+
+
+def _finalist(outer: Outer, limit: float) -> tuple[Plan, Candidate]:
+    """Predict the fastest few in full; the best of those that fit, else the fastest estimated."""
+    found: list[tuple[float, Plan, Candidate]] = []
+    for candidate in outer.frontier.fastest[:_FINALISTS]:
+        plan = written(candidate, outer)
+        assert plan.prediction is not None
+        plan = replace(plan, prediction=replace(plan.prediction, memory_limit_bytes=int(limit)))
+        assert plan.prediction is not None
+        found.append((plan.prediction.step_s, plan, candidate))
+    fitting = [one for one in found if one[1].prediction and one[1].prediction.fits]
+    _, plan, best = min(fitting or found[:1], key=lambda one: one[0])
+    return plan, best
+
+
+def _more_memory(outer: Outer, best: Candidate) -> tuple[Change, ...]:
+    """The grounds of the fastest few again, with more memory on every device."""
+    cluster = scaled(outer.cluster, memory=_MORE)
+    more = _again(outer, outer.elsewhere(cluster, outer.limit_bytes * _MORE, alike=True))
+    return () if more is None else (Change("10% more memory", *_better(more, best)),)
+
+
+def _more_bandwidth(outer: Outer, best: Candidate) -> tuple[Change, ...]:
+    cluster = scaled(outer.cluster, bandwidth=_MORE)
+    more = _again(outer, outer.elsewhere(cluster, outer.limit_bytes))
+    return () if more is None else (Change("10% more bandwidth", *_better(more, best)),)
+
+
+def _better(more: Candidate, best: Candidate) -> tuple[float, str]:
+    if more.step_s < best.step_s:
+        return more.step_s, more.description
+    return best.step_s, best.description
+
+
+def _again(outer: Outer, other: Outer) -> Candidate | None:
+    """Look at the grounds of the fastest candidates in another search."""
+    grounds = dict.fromkeys(
+        Ground(one.mesh, one.num_samples, one.microbatches) for one in outer.frontier.fastest
+    )
+    for ground in list(grounds)[:_GROUNDS_AGAIN]:
+        other.look_at(ground)
+    return other.frontier.best
+
+
+def _binding(best: Candidate, limit: float, changes: tuple[Change, ...]) -> str:
+    parts = []
+    for change in changes:
+        gain = 1 - change.step_s / best.step_s
+        if gain > 1e-3:
+            parts.append(f"{change.what.removeprefix('10% more ')} (10% more: {gain:.1%} faster)")
+    if not parts:
+        parts.append("arithmetic")
+    full = best.peak_bytes / limit
+    return f"{', '.join(parts)}; memory is {full:.0%} full"
+
+
+def _infeasible(outer: Outer, limit: float) -> InfeasibleError:
+    nearest = outer.nearest
+    if nearest is None:
+        return InfeasibleError(
+            f"no plan of {outer.subject.model} on {outer.num_ranks} devices of "
+            f"{outer.cluster.name} was found: no schedule runs these microbatches, or operators "
+            f"gain nothing from the tensor and context axes asked for",
+            remedy="loosen the constraints",
+        )
+    candidate = nearest.candidate
+    fullest = max(candidate.estimate.memory, key=lambda sizes: sum(sizes.values()))
+    category = max(fullest, key=lambda name: fullest[name])
+    return InfeasibleError(
+        f"no plan of {outer.subject.model} fits {outer.num_ranks} devices of "
+        f"{outer.cluster.name} with {format_bytes(limit)} each; the nearest ("
+        f"{candidate.description}) needs {format_bytes(candidate.peak_bytes)}, "
+        f"{format_bytes(candidate.peak_bytes - limit)} too much; {category} take "
+        f"{format_bytes(fullest[category])}",
+        remedy="use more devices, a smaller batch or microbatch, or loosen the constraints",
+    )

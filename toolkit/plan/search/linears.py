@@ -1,0 +1,89 @@
+"""Known ways to split Linears as layouts of operators: what placements of modules stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from toolkit.errors import InfeasibleError
+from toolkit.ir.graph import Op
+from toolkit.plan import chain, sequence, transform
+from toolkit.plan.search.block import Dims, Segment
+from toolkit.plan.search.layouts import R, V, Way
+from toolkit.plan.search.stack import Stack
+from toolkit.plan.transform import Region
+
+
+def columns_and_rows(stack: Stack) -> dict[str, Dims] | None:
+    """Return the identifiers that Megatron's columns and rows split over the tensor axis, by
+    operator of the solved segments; None where the degree divides nothing.
+    """
+    regions = _regions(stack)
+    return None if regions is None else _found(stack, regions)
+
+
+def tokens(stack: Stack) -> dict[str, Dims] | None:
+    """Return the same with tokens split between the regions; None where they cannot be."""
+    regions = _regions(stack)
+    dims = None if regions is None else _found(stack, regions)
+    if regions is None or dims is None:
+        return None
+    try:
+        runs = sequence.runs(stack.graph, regions, stack.axes[0].size)
+    except InfeasibleError:
+        return None
+    split = frozenset(name for run in runs for name in run.split)
+    whole = [found.module for run in runs for found in run.inside if found.region is None]
+    for segment in stack.segments.values():
+        for op in segment.active:
+            inside = any(f"{op.module_path}.".startswith(f"{module}.") for module in whole)
+            if op.name in dims or inside or not split.intersection(op.outputs):
+                continue
+            way = _way(segment, op, lambda way: all(m == (sequence.TOKENS,) for m in way.makes))
+            if way is None:
+                return None
+            dims[op.name] = way.dims
+    return dims
+
+
+def _regions(stack: Stack) -> tuple[Region, ...] | None:
+    graph = stack.graph
+    try:
+        return transform.regions(graph, chain.segments(graph), stack.axes[0].size)
+    except InfeasibleError:
+        return None
+
+
+def _found(stack: Stack, regions: tuple[Region, ...]) -> dict[str, Dims] | None:
+    dims: dict[str, Dims] = {}
+    for segment in stack.segments.values():
+        by_name = {op.name: op for op in segment.active}
+        for region in regions:
+            row = stack.graph.producer[region.output].name
+            if row not in by_name:
+                continue
+            for op in segment.active:
+                if op.name != row and not any(n in region.dims for n in (*op.inputs, *op.outputs)):
+                    continue
+                made = V if op.name == row else R
+                way = _way(segment, op, _matches(op, region.dims, made))
+                if way is None:
+                    return None
+                dims[op.name] = way.dims
+    return dims
+
+
+def _matches(op: Op, dims: Mapping[str, int], made: int) -> Callable[[Way], bool]:
+    """Whether a way slices just the tensors that `dims` says, and makes the others `made`."""
+
+    def matches(way: Way) -> bool:
+        reads = zip(op.inputs, way.reads, strict=True)
+        makes = zip(op.outputs, way.makes, strict=True)
+        return all(layout == (dims.get(name, R),) for name, layout in reads) and all(
+            layout == (dims.get(name, made),) for name, layout in makes
+        )
+
+    return matches
+
+
+def _way(segment: Segment, op: Op, wanted: Callable[[Way], bool]) -> Way | None:
+    return next((way for way in segment.ways(op) if wanted(way)), None)

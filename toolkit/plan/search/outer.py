@@ -1,0 +1,519 @@
+"""The outer search: meshes, microbatches, schedules, ways of parameters, recomputation.
+
+    for each mesh and microbatch, most promising first:
+        lay out the blocks -> price the items -> for each schedule and way of parameters:
+        cut into stages -> estimate -> keep what nothing beats
+
+A ground whose bound is beaten is not looked at. The search can stop at any time with what it has.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from toolkit.cost.calibration import Calibration
+from toolkit.errors import InfeasibleError
+from toolkit.hardware import Cluster
+from toolkit.plan.plan import DATA_WAYS, How
+from toolkit.plan.search import linears, schedules
+from toolkit.plan.search.arrange import Arrangement, Arranger, Recompute, held_factor
+from toolkit.plan.search.block import Cost, Weights
+from toolkit.plan.search.constraints import Constraints
+from toolkit.plan.search.estimate import Estimate, Estimator
+from toolkit.plan.search.frontier import Candidate, Frontier
+from toolkit.plan.search.layouts import AxisName
+from toolkit.plan.search.rows import Rows
+from toolkit.plan.search.site import Mesh, Site, inner_axes
+from toolkit.plan.search.space import MOST_SAMPLES, Ground, Space, divisors
+from toolkit.plan.search.stack import Layouts, Outline, Stack
+from toolkit.plan.subject import Subject
+
+# How operators are split over the inner axes.
+WHOLE, MEGATRON, TOKENS = "operators whole", "columns and rows", "columns, rows and tokens"
+SEARCHED, LEAN = "operators split by search", "operators split lean"
+# Of grounds that cannot be faster than the best, so many are looked at as may hold less, and none
+# whose bound is this much above the best.
+_FAR = 1.5
+_SLOWER = 6
+# Per sample a microbatch that fills a device takes at most this much more than the largest.
+_FILLED = 1.02
+# A leaner layout this much slower than the best is not followed by one in between.
+_CLOSE = 1.2
+# Seconds HiGHS has for a block.
+_BLOCK_LIMIT_S = 3.0
+
+Progress = Callable[[str, float | None], None]
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """A candidate that needs more memory than there is, with what it would take."""
+
+    candidate: Candidate
+    limit_bytes: float
+
+    @property
+    def over_bytes(self) -> float:
+        return self.candidate.peak_bytes - self.limit_bytes
+
+
+@dataclass
+class Outer:
+    """A search in progress."""
+
+    subject: Subject
+    cluster: Cluster
+    num_ranks: int
+    limit_bytes: float
+    constraints: Constraints
+    calibration: Calibration | None
+    deadline: float
+    progress: Progress
+    frontier: Frontier = field(default_factory=Frontier)
+    considered: int = 0
+    pruned: int = 0
+    stopped: bool = False
+    nearest: Unfit | None = None
+    known: Outline | None = None
+
+    def __post_init__(self) -> None:
+        self.outline = self.known or Outline(self.subject, self.cluster)
+        self.space = Space(
+            self.cluster, self.num_ranks, self.subject.batch, len(self.subject.blocks),
+            self.constraints,
+        )  # fmt: skip
+        self._stacks: dict[object, Stack] = {}
+        self._rows: dict[object, Rows] = {}
+        self._given: dict[Stack, dict[str, Layouts]] = {}
+        self._shared = _shared(self.outline)
+        self._whole = self._representatives(self.constraints.whole_ops(self.subject.graph))
+        devices = (self.cluster.device(rank) for rank in range(self.num_ranks))
+        self._most_bytes = min(self.limit_bytes, max(one.memory_bytes for one in devices))
+        blocks = [i for i, item in enumerate(self.outline.items) if item.path is not None]
+        self.starts = (0, *blocks[1:])
+        self._crossing_names: list[list[str]] = []
+
+    def _representatives(self, names: frozenset[str]) -> frozenset[str]:
+        """The operators that stand for those named, whichever copy of a block they are in."""
+        found = set()
+        graph = self.subject.graph
+        for item in self.outline.items:
+            first = self.outline.items[self.outline.representatives[item.kind]].begin
+            for place, op in enumerate(graph.ops[item.begin : item.end]):
+                if op.name in names:
+                    found.add(graph.ops[first + place].name)
+        return frozenset(found)
+
+    # The loop -------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Search until everything is looked at or left out, or time is up.
+
+        The ground with the lowest bound is next; the first time, its operators are laid out, and
+        it waits again with the bound that their communication gives.
+        """
+        waiting = [
+            (*self._bound(ground), ground.mesh.inner, ground, False)
+            for ground in self.space.grounds()
+            if self._worth(ground)
+        ]
+        if not waiting:
+            raise InfeasibleError(
+                f"no plan of {self.subject.model} for {self.num_ranks} devices of "
+                f"{self.cluster.name}: {self.space.why_empty()}",
+                remedy="change the batch, the number of ranks, or the constraints",
+            )
+        heapq.heapify(waiting)
+        slower: list[Ground] = []
+        least = min(waiting, key=lambda one: one[1])
+        while waiting and not self._out_of_time():
+            bound_s, least_bytes, inner, ground, laid_out = heapq.heappop(waiting)
+            best = self.frontier.best
+            if least_bytes > self._most_bytes:
+                self.pruned += 1
+                continue
+            if best is not None and bound_s > best.step_s:
+                self.pruned += 1
+                if laid_out and bound_s < _FAR * best.step_s:
+                    slower.append(ground)
+                continue
+            self._tell(ground)
+            if laid_out or best is None:
+                # Without anything yet, what is promising is looked at at once.
+                self.look_at(ground)
+            else:
+                layouts = min(
+                    (self._laid_out_s(ground, found) for _, found, _ in self._usual(ground)),
+                    default=bound_s,
+                )
+                heapq.heappush(waiting, (max(bound_s, layouts), least_bytes, inner, ground, True))
+        if not self.considered:
+            self.look_at(least[3])
+        # What cannot be faster may hold less: the frontier's other end.
+        for ground in slower[:_SLOWER]:
+            if self._out_of_time():
+                return
+            self._tell(ground)
+            self.look_at(ground, _FAR)
+
+    def _worth(self, ground: Ground) -> bool:
+        """Whether a pipeline could gain by microbatches this large: of more than fill a device,
+        fewer only make the bubble larger.
+        """
+        mesh = ground.mesh
+        if mesh.pipeline == 1 or self.constraints.microbatch_size or self.constraints.microbatches:
+            return True
+        share = self.subject.batch // mesh.data
+        sizes = [size for size in divisors(share) if size <= MOST_SAMPLES]
+        per_sample = {size: sum(self._base_rows(size).works[:2]) / size for size in sizes}
+        least = min(per_sample.values())
+        enough = min(size for size in sizes if per_sample[size] <= _FILLED * least)
+        return ground.num_samples <= enough * max(1, mesh.inner // 4)
+
+    def _out_of_time(self) -> bool:
+        # Something is looked at however little time there is.
+        if self.considered and time.monotonic() > self.deadline:
+            self.stopped = True
+        return self.stopped
+
+    def _tell(self, ground: Ground) -> None:
+        best = self.frontier.best
+        self.progress(
+            f"{ground.mesh}, microbatches of {ground.num_samples}", best.step_s if best else None
+        )
+
+    def _bound(self, ground: Ground) -> tuple[float, float]:
+        """No plan on this ground is faster, or holds less: its work without any communication,
+        spread evenly, with the pipeline's filling; its parameters, spread as far as may be.
+        """
+        rows = self._base_rows(ground.num_samples)
+        mesh = ground.mesh
+        held = float(rows.held.sum()) * min(held_factor(w, mesh.data) for w in self._ways(mesh))
+        bound_s = self._spread_s(ground, rows, mesh.inner)
+        return bound_s, held / (mesh.pipeline * mesh.tensor)
+
+    def _laid_out_s(self, ground: Ground, layouts: Layouts) -> float:
+        """The same of operators laid out, with what moving their tensors takes."""
+        stack = self._stack(ground)
+        devices = {group.node.device.name: group.node.device for group in self.cluster.groups}
+        fastest = max(devices.values(), key=lambda one: one.peak(self.subject.dtype))
+        device = stack.device if len(devices) == 1 else fastest
+        return self._spread_s(ground, self._as_rows(stack.costs(layouts, device)), 1)
+
+    def _spread_s(self, ground: Ground, rows: Rows, parts: int) -> float:
+        mesh = ground.mesh
+        families = self._families(mesh, ground.microbatches)
+        if not families:
+            return math.inf
+        works = rows.works
+        return min(
+            schedules.bound_s(family, mesh.pipeline, ground.microbatches, *works)
+            for family in families
+        ) / parts  # fmt: skip
+
+    def _base_rows(self, num_samples: int) -> Rows:
+        """What whole operators take, on the fastest device."""
+        key = ("base", num_samples)
+        if key not in self._rows:
+            stack = Stack(self.outline, self.cluster, (), num_samples, calibration=self.calibration)
+            layouts = stack.fastest(Weights())
+            devices = {group.node.device.name: group.node.device for group in self.cluster.groups}
+            fastest = max(devices.values(), key=lambda one: one.peak(self.subject.dtype))
+            self._rows[key] = self._as_rows(stack.costs(layouts, fastest))
+        return self._rows[key]
+
+    def _as_rows(self, costs: Sequence[Cost]) -> Rows:
+        blocks = [item.path is not None for item in self.outline.items]
+        return Rows.of(costs, blocks, self._shared)
+
+    def _families(self, mesh: Mesh, microbatches: int) -> list[str]:
+        wanted = self.constraints.schedules or schedules.SEARCHED
+        if mesh.pipeline == 1:
+            return ["1f1b"]
+        return [
+            family
+            for family in wanted
+            if schedules.num_chunks(family) * mesh.pipeline <= len(self.subject.blocks)
+            and not schedules.possible(family, mesh.pipeline, microbatches)
+        ]
+
+    def _ways(self, mesh: Mesh) -> list[How]:
+        if mesh.data == 1:
+            return ["replicate"]
+        wanted = self.constraints.parameters
+        return [way for way in DATA_WAYS if wanted is None or way in wanted]
+
+    # One ground -----------------------------------------------------------------------------
+
+    def elsewhere(self, cluster: Cluster, limit_bytes: float, *, alike: bool = False) -> Outer:
+        """Return a search like this one on another cluster, with nothing found yet. `alike`: all
+        takes as long there, so layouts and their costs are kept.
+        """
+        other = Outer(
+            self.subject, cluster, self.num_ranks, limit_bytes, self.constraints,
+            self.calibration, self.deadline, lambda _doing, _best_s: None, known=self.outline,
+        )  # fmt: skip
+        if alike:
+            other._stacks, other._rows, other._given = self._stacks, self._rows, self._given
+        return other
+
+    def look_at(self, ground: Ground, far: float = 1.0) -> None:
+        """Estimate the candidates of a ground that may take at most `far` times the best."""
+        site = Site(self.subject, self.cluster, ground.mesh, self.calibration)
+        allowed = self.constraints.recompute or ["needed", "all"]
+        modes: list[Recompute] = []
+        for mode in allowed:
+            if mode == "none" and "needed" not in allowed:
+                modes.append("none")
+            elif mode == "needed":
+                modes.append("needed")
+            elif mode == "all":
+                modes.append("all")
+        usual = list(self._usual(ground))
+        fit = [self._layout(site, ground, mode, far, *one) for mode in modes for one in usual]
+        if not all(fit):
+            for one in self._lean(ground):
+                for mode in modes:
+                    self._layout(site, ground, mode, far, *one)
+
+    def _usual(self, ground: Ground) -> Iterator[tuple[str, Layouts, Stack]]:
+        """Yield the layouts to try first: Linears by columns and rows, and the fastest."""
+        stack = self._stack(ground)
+        if not stack.axes:
+            yield WHOLE, stack.fastest(Weights()), stack
+            return
+        for split, layouts in self._linears(stack).items():
+            yield split, layouts, stack
+        if not self.constraints.native:
+            weights = Weights(_bucket(ground.microbatches))
+            fastest = stack.fastest(weights, time_limit_s=_BLOCK_LIMIT_S)
+            if fastest.splits_anything:
+                yield SEARCHED, fastest, stack
+
+    def _lean(self, ground: Ground) -> Iterator[tuple[str, Layouts, Stack]]:
+        """Yield layouts that hold less, where the others did not fit, and may still be best."""
+        stack = self._stack(ground)
+        if not stack.axes or self.constraints.native:
+            return
+        weights = Weights(_bucket(ground.microbatches))
+        for room in (0.0, 0.5):
+            found = stack.tightened(weights, room, time_limit_s=_BLOCK_LIMIT_S)
+            if not found.splits_anything:
+                return
+            yield LEAN, found, stack
+            best = self.frontier.best
+            if best is not None and self._laid_out_s(ground, found) > _CLOSE * best.step_s:
+                return
+
+    def _layout(
+        self,
+        site: Site,
+        ground: Ground,
+        mode: Recompute,
+        far: float,
+        split: str,
+        layouts: Layouts,
+        stack: Stack,
+    ) -> bool:
+        """Try every schedule and way of parameters; return whether all fit."""
+        arranger = Arranger(self._estimator(site, stack, layouts, ground), self.starts)
+        fit = True
+        works = arranger.estimator.rows[0].works
+        for family in self._families(ground.mesh, ground.microbatches):
+            if not self._runs(split, ground.mesh, schedules.splits_backward(family)):
+                continue
+            best = self.frontier.best
+            bound_s = schedules.bound_s(family, ground.mesh.pipeline, ground.microbatches, *works)
+            if best is not None and bound_s > far * best.step_s:
+                continue
+            ways = self._ways(ground.mesh)
+            if self.constraints.runnable and self._by_program(split, ground.mesh):
+                ways = [way for way in ways if way == "replicate"]
+            # With all recomputed it is memory that counts: where it is sharded the most.
+            for way in ways[-2:] if mode == "all" else ways:
+                fit &= self._candidate(ground, arranger, family, way, mode, split, layouts, stack)
+        return fit
+
+    def _by_program(self, split: str, mesh: Mesh) -> bool:
+        """Whether the own executor runs this (lower/ladder.py): operators split one by one, or
+        stages that several ranks split.
+        """
+        return split in (SEARCHED, LEAN) or (mesh.inner > 1 and mesh.pipeline > 1)
+
+    def _runs(self, split: str, mesh: Mesh, halves: bool) -> bool:
+        """Whether some rung runs this: the own executor has whole backwards alone, and tokens
+        are split by the native one.
+        """
+        if not self.constraints.runnable:
+            return True
+        return not self._by_program(split, mesh) or not (halves or split == TOKENS)
+
+    def _stack(self, ground: Ground, first: int = 0) -> Stack:
+        mesh = ground.mesh
+        axes = inner_axes(self.cluster, self.num_ranks, mesh, first)
+        key = (ground.num_samples, axes, self.cluster.device(first).name)
+        if key not in self._stacks:
+            self._stacks[key] = Stack(
+                self.outline, self.cluster, axes, ground.num_samples,
+                calibration=self.calibration, may_split=self._may_split, first=first,
+            )  # fmt: skip
+        return self._stacks[key]
+
+    def _may_split(self, op: str, _dim: str, _axis: AxisName) -> bool:
+        return op not in self._whole
+
+    def _linears(self, stack: Stack) -> dict[str, Layouts]:
+        """Columns and rows of Linears, without and with tokens split between them, where
+        transform.py and sequence.py find that they can be.
+        """
+        if [axis.name for axis in stack.axes] != ["tensor"] or self._whole:
+            return {}
+        if stack not in self._given:
+            found = {MEGATRON: linears.columns_and_rows(stack), TOKENS: linears.tokens(stack)}
+            self._given[stack] = {
+                split: stack.given(dims) for split, dims in found.items() if dims is not None
+            }
+        return self._given[stack]
+
+    def _estimator(self, site: Site, stack: Stack, layouts: Layouts, ground: Ground) -> Estimator:
+        rows = []
+        for kind in range(len(site.kinds)):
+            first = site.costs.ranks[site.positions(kind)[0]]
+            here = stack if first == 0 else self._stack(ground, first)
+            key = (id(layouts), id(here), site.kinds[kind].device.name)
+            if key not in self._rows:
+                found = here.costs(layouts, site.kinds[kind].device)
+                self._rows[key] = self._as_rows(found)
+            rows.append(self._rows[key])
+        return Estimator(site, rows, self._borders(stack, layouts))
+
+    def _candidate(
+        self,
+        ground: Ground,
+        arranger: Arranger,
+        family: str,
+        way: How,
+        mode: Recompute,
+        split: str,
+        layouts: Layouts,
+        stack: Stack,
+    ) -> bool:
+        """Arrange and estimate one candidate; return whether it fits."""
+        self.considered += 1
+        limit = self.limit_bytes
+        for _ in range(3):
+            found = arranger.arrange(
+                family=family, microbatches=ground.microbatches, parameters=way,
+                recompute=mode, limit=limit,
+            )  # fmt: skip
+            if found is None:
+                break
+            estimate = self._estimate(arranger.estimator, found, family, ground, way)
+            candidate = Candidate(
+                ground.mesh, ground.num_samples, ground.microbatches, family, way, split,
+                sum(self._is_block(i) for s in found.stretches for i in range(s.begin, s.again)),
+                found.stretches, found.positions, estimate, stack, layouts,
+            )  # fmt: skip
+            if self._fits(candidate, arranger.estimator.site):
+                self.frontier.add(candidate)
+                return True
+            # The bounds inside were not tight enough: aim lower by as much as it was over.
+            limit *= min(0.98, self.limit_bytes / candidate.peak_bytes)
+        self._note_unfit(ground, arranger, family, way, split, layouts, stack)
+        return False
+
+    def _estimate(
+        self, estimator: Estimator, found: Arrangement, family: str, ground: Ground, way: How
+    ) -> Estimate:
+        return estimator.estimate(
+            found.stretches, found.positions,
+            family=family, microbatches=ground.microbatches, zero=way,
+        )  # fmt: skip
+
+    def _fits(self, candidate: Candidate, site: Site) -> bool:
+        return all(
+            sum(sizes.values()) <= min(self.limit_bytes, site.classes[position].memory_bytes)
+            for position, sizes in enumerate(candidate.estimate.memory)
+        )
+
+    def _is_block(self, item: int) -> bool:
+        return self.outline.items[item].path is not None
+
+    def _note_unfit(
+        self,
+        ground: Ground,
+        arranger: Arranger,
+        family: str,
+        way: How,
+        split: str,
+        layouts: Layouts,
+        stack: Stack,
+    ) -> None:
+        """Remember by how much the nearest candidate misses the limit."""
+        if self.frontier.best is not None:
+            return
+        found = arranger.arrange(
+            family=family, microbatches=ground.microbatches, parameters=way, recompute="all",
+            limit=float("inf"),
+        )  # fmt: skip
+        if found is None:
+            return
+        estimate = self._estimate(arranger.estimator, found, family, ground, way)
+        candidate = Candidate(
+            ground.mesh, ground.num_samples, ground.microbatches, family, way, split,
+            len(self.subject.blocks), found.stretches, found.positions, estimate, stack, layouts,
+        )  # fmt: skip
+        unfit = Unfit(candidate, self.limit_bytes)
+        if self.nearest is None or unfit.over_bytes < self.nearest.over_bytes:
+            self.nearest = unfit
+
+    # What crosses cuts ----------------------------------------------------------------------
+
+    def _borders(self, stack: Stack, layouts: Layouts) -> list[list[int]]:
+        """Bytes of each tensor that crosses a cut before each item, as one rank sends them."""
+        size = stack.sizes(layouts)
+        return [[size[name] for name in names] for names in self._crossing(stack)]
+
+    def _crossing(self, stack: Stack) -> list[list[str]]:
+        """The tensors that cross a cut before each item (chain.crossing, for all cuts at once)."""
+        if self._crossing_names:
+            return self._crossing_names
+        graph, items = stack.graph, self.outline.items
+        learned = self.outline.learned
+        item_of = {
+            op.name: index
+            for index, item in enumerate(items)
+            for op in graph.ops[item.begin : item.end]
+        }
+        found: list[list[str]] = [[] for _ in range(len(items) + 1)]
+        for op in graph.ops:
+            for name in op.outputs:
+                readers = graph.consumers[name]
+                last = max((item_of[reader.name] for reader in readers), default=-1)
+                last = len(items) - 1 if name in graph.outputs else last
+                if name in learned:
+                    for index in range(item_of[op.name] + 1, last + 1):
+                        found[index].append(name)
+        self._crossing_names = found
+        return found
+
+
+def _shared(outline: Outline) -> tuple[str, ...]:
+    """Parameters that several items read."""
+    graph = outline.subject.graph
+    readers: dict[str, set[int]] = {}
+    for index, item in enumerate(outline.items):
+        for op in graph.ops[item.begin : item.end]:
+            for name in op.inputs:
+                if graph.tensors[name].role == "parameter":
+                    readers.setdefault(name, set()).add(index)
+    return tuple(name for name, items in readers.items() if len(items) > 1)
+
+
+def _bucket(microbatches: int) -> int:
+    """Layouts are solved for 1 or 8 microbatches: what comes once a step weighs as little."""
+    return 1 if microbatches < 4 else 8
