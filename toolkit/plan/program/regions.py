@@ -120,12 +120,38 @@ def _grow(
             place = next((at for at, axis in enumerate(spec) if axis and axis[0] == name), None)
             if place is not None:
                 split[tensor] = place
+    _sides(graph, annotations, found, split)
     inside = {op.name for op in ops}
     leaks = any(user.name not in inside for name in split for user in graph.consumers[name])
     if not sums or leaks or not set(split).isdisjoint(graph.outputs):
         return None
     sizes = [annotations[name].sizes[dim] for name, dim in found.items()]
     return Region(found, math.gcd(*sizes), columns[0].module_path)
+
+
+def _sides(
+    graph: OpGraph,
+    annotations: Mapping[str, Annotation],
+    found: dict[str, str],
+    split: dict[str, int],
+) -> None:
+    """Split what a region reads beside its columns, as a bias made a head at a time, back to where
+    it is made, if it is read by the region alone.
+    """
+    waiting = list(found)
+    while waiting:
+        op = graph.op(waiting.pop())
+        for tensor, spec in zip(op.inputs, annotations[op.name].inputs, strict=True):
+            maker = graph.producer.get(tensor)
+            place = next((at for at, x in enumerate(spec) if x and x[0] == found[op.name]), None)
+            if maker is None or place is None or tensor in split or maker.name not in annotations:
+                continue
+            axis = annotations[maker.name].outputs[maker.outputs.index(tensor)][place]
+            alone = all(user.name in found for user in graph.consumers[tensor])
+            if alone and axis and annotations[maker.name].kinds[axis[0]] == "":
+                found[maker.name] = axis[0]
+                split[tensor] = place
+                waiting.append(maker.name)
 
 
 def _leading(spec: Sequence[tuple[str, ...]], place: int) -> str:

@@ -67,8 +67,9 @@ class Program(Lowered):
                 path = tensor.fqn or tensor.name
                 axes = axes_of(tensor.name, held, self.rank, self.walk.written)
                 found[path] = Weight(
-                    path, whole[path], held[self.rank], self.walk.weights[tensor.name], mesh, axes
-                )
+                    path, whole[path], self.rank, held[self.rank], self.walk.weights[tensor.name],
+                    mesh, axes,
+                )  # fmt: skip
         return found
 
     # One step --------------------------------------------------------------------------------
@@ -126,7 +127,9 @@ class Program(Lowered):
                 found[weight.exchange.tensor] = gradient
         for one in self.reductions:
             with self.recorder.span(f"reduce {one.unit or 'the rest'}", "all_reduce"):
-                _reduce([found[name] for name in one.weights], self.network.groups[one.ranks])
+                group = self.network.groups[one.ranks]
+                found.update(_reduce({name: found[name] for name in one.weights}, group))
+        _apart(found)
         for weight in self.weights.values():
             if weight.exchange.tensor in found:
                 weight.parameter.grad = weight.outside(found[weight.exchange.tensor])
@@ -137,6 +140,9 @@ class Program(Lowered):
         exchange, adapter = weight.exchange, weight.exchange.backward
         if adapter is None:
             return None
+        plain = reduce.is_plain(exchange)
+        if weight.tiled and (plain or not adapter.communication):
+            return torch.zeros_like(weight.local) if weight.gradient is None else weight.gradient
         held: dict[str, Tensor] = {}
         dtype = weight.local.dtype
         for name, (index, mask) in zip(adapter.inputs, exchange.shares, strict=True):
@@ -146,7 +152,6 @@ class Program(Lowered):
                 if value is None:
                     value = torch.zeros(slot.mask.shape, dtype=dtype, device=self.device)
                 held[name] = cut(value, slot.mask, mask)
-        plain = reduce.is_plain(exchange)
         tasks = self.sides.of(adapter, (), ("first",), self.rank)
         item = Move(0, self.rank, exchange, "all")
         move.run(
@@ -158,7 +163,7 @@ class Program(Lowered):
         if output not in held:  # what a rank reads into its all-reduce
             output = next(step.reads[step.ranks.index(self.rank)]
                           for step in adapter.communication if self.rank in step.ranks)  # fmt: skip
-        return held[output].clone() if output in adapter.inputs else held[output]
+        return held[output]
 
     def global_loss(self, loss: Tensor | None) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -212,12 +217,26 @@ def _expected(
     return found
 
 
-def _reduce(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Sum gradients of one dtype over a group, as one buffer."""
-    flat = torch.cat([value.reshape(-1) for value in gradients])
+def _reduce(gradients: Mapping[str, Tensor], group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """Sum gradients of one dtype over a group, as one buffer that they are then views of."""
+    flat = torch.cat([value.reshape(-1) for value in gradients.values()])
     dist.all_reduce(flat, group=group)
-    for value, summed in zip(gradients, flat.split([v.numel() for v in gradients]), strict=True):
-        value.copy_(summed.view(value.shape))
+    pieces = flat.split([value.numel() for value in gradients.values()])
+    return {
+        name: piece.view(value.shape)
+        for (name, value), piece in zip(gradients.items(), pieces, strict=True)
+    }
+
+
+def _apart(gradients: dict[str, Tensor]) -> None:
+    """Copy gradients that are one tensor, as of two weights added to one sum: each is written to
+    on its own later.
+    """
+    seen: set[int] = set()
+    for name, value in gradients.items():
+        if value.data_ptr() in seen:
+            gradients[name] = value.clone()
+        seen.add(value.data_ptr())
 
 
 def cluster_of(plan: Plan) -> Cluster:

@@ -31,6 +31,7 @@ class Weight:
         self,
         name: str,
         whole: nn.Parameter,
+        rank: int,
         mask: Mask,
         exchange: Exchange,
         mesh: DeviceMesh,
@@ -48,6 +49,9 @@ class Weight:
         self.parameter = nn.Parameter(self.outside(piece), whole.requires_grad)
         self.sums: dict[Slot, Tensor] = {}
         self._owned: set[Slot] = set()
+        # Where slots are slices that tile what is held, their gradients are made in place.
+        self.tiled = _tile(exchange, rank, mask)
+        self.gradient: Tensor | None = None
 
     def outside(self, piece: Tensor) -> Tensor:
         """Return a tensor of the slice's shape as the DTensor it is a part of."""
@@ -60,7 +64,9 @@ class Weight:
 
     def add(self, slot: Slot, value: Tensor) -> None:
         """Add to the gradient. The first value may be shared with others, and is not written to."""
-        if slot not in self.sums:
+        if self.tiled:
+            self._add_slice(slot, value)
+        elif slot not in self.sums:
             self.sums[slot] = value
         elif slot in self._owned:
             self.sums[slot] += value
@@ -68,8 +74,17 @@ class Weight:
             self.sums[slot] = self.sums[slot] + value
             self._owned.add(slot)
 
+    def _add_slice(self, slot: Slot, value: Tensor) -> None:
+        """Add where the slice lies in one gradient, so that co-shards need not be joined."""
+        if self.gradient is None:
+            self.gradient = torch.zeros_like(self.local)
+        if slot not in self.sums:
+            self.sums[slot] = cut(self.gradient, self.mask, slot.mask)
+        self.sums[slot] += value
+
     def forget(self) -> None:
         """Begin a new step."""
+        self.gradient = None
         self.sums.clear()
         self._owned.clear()
 
@@ -83,6 +98,17 @@ class Weight:
             if (start, end) != (0, value.shape[dim]):
                 value = value.narrow(dim, start, end - start)
         return value if mask.chunk.low == 0 else torch.zeros_like(value)
+
+
+def _tile(exchange: Exchange, rank: int, held: Mask) -> bool:
+    """Whether a rank's slots are several slices of what it holds, that just make it up."""
+    mine = [slot for slot in exchange.slots if slot.rank == rank]
+    apart = all(
+        overlap(a.mask.box, b.mask.box) is None for i, a in enumerate(mine) for b in mine[:i]
+    )
+    same = len({slot.alike for slot in mine}) == 1 and all(s.mask.chunk.is_whole for s in mine)
+    whole = sum(slot.mask.numel for slot in mine) == held.numel
+    return len(mine) > 1 and apart and same and whole
 
 
 def axes_of(

@@ -296,9 +296,9 @@ def all_cuts(
             add(op.name, Cut(split.axis, name, split.parts if split.axis is None else 0))
     for name, dim in _features(plan, graph, annotations).items():
         add(name, Cut("tensor", dim))
-    split = {name for name, several in found.items() if any(c.axis == "tensor" for c in several)}
+    taken = {name for name, several in found.items() if any(c.axis == "tensor" for c in several)}
     for name, dim in _sequence(plan, graph, annotations).items():
-        if name not in split:
+        if name not in taken:
             add(name, Cut("tensor", dim))
     return found
 
