@@ -32,6 +32,7 @@ from toolkit.errors import ToolkitError
 __all__ = [
     "PipelineRuntime", "TorchAction", "TorchDispatchMode",
     "group_of", "module_path", "relocate", "self_test",
+    "start_fake_group",
 ]  # fmt: skip
 
 
@@ -53,6 +54,13 @@ def group_of(args: tuple[Any, ...]) -> dist.ProcessGroup:
     if boxed is not None:
         return ProcessGroup.unbox(boxed)
     return _resolve_process_group(args[-1])
+
+
+def start_fake_group(num_ranks: int) -> None:
+    """Be rank 0 of `num_ranks` ranks that are not there; every call returns at once."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
 
 
 def relocate(parameter: nn.Parameter, memory: torch.Tensor) -> None:

@@ -7,8 +7,19 @@ step of a thousand ranks without any.
 
 from __future__ import annotations
 
+from toolkit.plan.verify.dry import DryRun, dry_run
 from toolkit.plan.verify.matrix import Row, verify_all
 from toolkit.plan.verify.report import Report, TrafficRow, compare_traffic, to_json
 from toolkit.plan.verify.start import verify
 
-__all__ = ["Report", "Row", "TrafficRow", "compare_traffic", "to_json", "verify", "verify_all"]
+__all__ = [
+    "DryRun",
+    "Report",
+    "Row",
+    "TrafficRow",
+    "compare_traffic",
+    "dry_run",
+    "to_json",
+    "verify",
+    "verify_all",
+]
