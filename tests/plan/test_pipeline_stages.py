@@ -62,6 +62,8 @@ def test_recomputed_blocks_keep_less_and_change_nothing(tiny_batch) -> None:
     assert least_kept < some_kept < all_kept
     with pytest.raises(UsageError, match=r"no operator of this model runs in 'blocks\.9'"):
         stages.cut(module, batch, [None], ("blocks.9",))
+    with pytest.raises(UsageError, match=r"blocks\.1 is to be recomputed as one"):
+        stages.cut(module, batch, [None, "blocks.1.ffn"], ("blocks.1",))
 
 
 @pytest.mark.parametrize("recompute", [(), BLOCKS])

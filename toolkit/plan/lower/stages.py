@@ -95,6 +95,12 @@ def cut(
         list(final[:1]),  # the loss; a transformers model returns logits after it
     ]
     stretches = [_stretch(calls, path) for path in recompute]
+    for path, stretch in zip(recompute, stretches, strict=True):
+        if any(stretch.start < start < stretch.stop for start in starts):
+            raise UsageError(
+                f"{path} is to be recomputed as one, and a stage begins inside it",
+                remedy="recompute the modules in it, or begin the stage elsewhere",
+            )
     return tuple(
         _stage(root, names, received, sent, _inside(calls, stretches, first, last))
         for (received, sent), (first, last) in zip(
