@@ -24,7 +24,6 @@ from toolkit.plan.lower.program.script import (
     Segment,
     Unit,
     Value,
-    makes_of,
 )
 from toolkit.plan.lower.program.sides import Sides, message
 from toolkit.plan.lower.program.weights import Weight, cut
@@ -246,6 +245,3 @@ def segments(items: Sequence[Item]) -> Iterator[Segment]:
             yield item
         elif isinstance(item, Unit):
             yield from segments(item.items)
-
-
-__all__ = ["Left", "Pass", "StageRun", "makes_of", "segments"]

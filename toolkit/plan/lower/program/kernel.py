@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from toolkit.plan.lower.program.exchange import Slot
 from toolkit.plan.lower.program.move import put_together
-from toolkit.plan.lower.program.script import Call, Key, Read, Segment, Value
+from toolkit.plan.lower.program.script import Key, Read, Segment, Value
 from toolkit.plan.lower.program.weights import Weight
 from toolkit.plan.lower.program.write import Written
 from toolkit.plan.program import rules
@@ -175,6 +175,3 @@ def _with_dead(
         seen.update(dead)
         found.append(_Step(run, tuple(reads), tuple(writes), dead))
     return found[::-1]
-
-
-__all__ = ["Call", "Kernel", "Sources", "Trace", "backward"]

@@ -14,7 +14,7 @@ from toolkit.errors import ToolkitError
 from toolkit.hardware.cluster import Cluster
 from toolkit.ir.graph import OpGraph, item_bytes
 from toolkit.plan.lower.program import reduce
-from toolkit.plan.lower.program.script import Item, Move, Segment, Unit
+from toolkit.plan.lower.program.script import Item, Move, Script, Segment
 from toolkit.plan.lower.program.sides import Task
 from toolkit.plan.lower.program.walk import Walk
 from toolkit.plan.materialize.adapter import Adapter
@@ -68,8 +68,8 @@ def walk_of(plan: Plan, graph: OpGraph, cluster: Cluster) -> Walk:
 def local(walk: Walk, stage: int, rank: int) -> Local:
     """Return what a rank sees and does in a stage, of one microbatch."""
     script = walk.script(stage, rank)
-    forward = list(_forward(walk, script.items, again=False))
-    backward = list(_backward(walk, script.items)) if script.learns else []
+    forward = list(_forward(walk, script, script.items, again=False))
+    backward = list(_backward(walk, script, script.items)) if script.learns else []
     return Local(
         stage, rank, local_graph(walk, stage, rank), walk.written.co_shards,
         Pass(tuple(step for step, _ in forward), tuple(again for _, again in forward)),
@@ -80,23 +80,23 @@ def local(walk: Walk, stage: int, rank: int) -> Local:
 _Steps = Iterator[tuple["tuple[str, int] | Call", bool]]
 
 
-def _forward(walk: Walk, items: Sequence[Item], *, again: bool) -> _Steps:
+def _forward(walk: Walk, script: Script, items: Sequence[Item], *, again: bool) -> _Steps:
     for item in items:
         if isinstance(item, Segment):
-            for step in _ops(walk, item):
+            for step in _ops(walk, script, item):
                 yield step, again
         elif isinstance(item, Move):
             for call in _calls(walk, item, gradient=False):
                 yield call, again
         else:
-            yield from _forward(walk, item.items, again=again)
+            yield from _forward(walk, script, item.items, again=again)
 
 
-def _backward(walk: Walk, items: Sequence[Item]) -> _Steps:
+def _backward(walk: Walk, script: Script, items: Sequence[Item]) -> _Steps:
     """As script.backward_moves walks, with the operators."""
     for item in reversed(items):
         if isinstance(item, Segment):
-            for step in reversed(list(_ops(walk, item))):
+            for step in reversed(list(_ops(walk, script, item))):
                 if step[0] in walk.graph.differentiated:
                     yield step, False
         elif isinstance(item, Move):
@@ -106,25 +106,14 @@ def _backward(walk: Walk, items: Sequence[Item]) -> _Steps:
         else:
             for inner, again in zip(item.items, item.again, strict=True):
                 if again:
-                    yield from _forward(walk, [inner], again=True)
-            yield from _backward(walk, item.items)
+                    yield from _forward(walk, script, [inner], again=True)
+            yield from _backward(walk, script, item.items)
 
 
-def _ops(walk: Walk, segment: Segment) -> Iterator[tuple[str, int]]:
+def _ops(walk: Walk, script: Script, segment: Segment) -> Iterator[tuple[str, int]]:
+    parts = walk.written.parts[script.stage]
     for call in segment.calls:
-        parts = walk.written.parts
-        yield call.op.name, _index(parts, call.op.name, call.part.work)
-
-
-def _index(
-    parts: Sequence[Mapping[str, Mapping[int, tuple[object, ...]]]], op: str, work: str
-) -> int:
-    for stage in parts:
-        for several in stage.get(op, {}).values():
-            for index, part in enumerate(several):
-                if getattr(part, "work", None) == work:
-                    return index
-    return 0
+        yield call.op.name, parts[call.op.name][script.rank].index(call.part)
 
 
 def _calls(walk: Walk, move: Move, *, gradient: bool) -> Iterator[Call]:
@@ -233,6 +222,3 @@ def local_graph(walk: Walk, stage: int, rank: int) -> OpGraph:
         inputs=tuple(name for name, t in tensors.items() if t.role == "input"),
         outputs=outputs, scaling=None,
     )  # fmt: skip
-
-
-__all__ = ["Call", "Local", "Pass", "Unit", "local", "rank_traffic", "traffic", "traffic_of"]
