@@ -8,7 +8,7 @@ import pytest
 
 from toolkit.hardware import find_cluster
 from toolkit.plan import subject
-from toolkit.plan.search.block import Weights
+from toolkit.plan.search.choice import Weights
 from toolkit.plan.search.layouts import Axis, R, Resharding, V
 from toolkit.plan.search.stack import Outline, Stack
 

@@ -13,9 +13,10 @@ from toolkit.plan import predict
 from toolkit.plan.library import megatron, sequence_parallel
 from toolkit.plan.plan import Placement, Plan
 from toolkit.plan.search import write
+from toolkit.plan.search.bench import MEGATRON, TOKENS, WHOLE
 from toolkit.plan.search.constraints import Constraints
 from toolkit.plan.search.frontier import Candidate
-from toolkit.plan.search.outer import MEGATRON, TOKENS, WHOLE, Outer, Progress
+from toolkit.plan.search.outer import Outer, Progress
 from toolkit.plan.search.space import Ground
 from toolkit.plan.subject import Subject
 from toolkit.units import format_bytes

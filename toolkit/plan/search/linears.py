@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from toolkit.errors import InfeasibleError
 from toolkit.ir.graph import Op
 from toolkit.plan import chain, sequence, transform
-from toolkit.plan.search.block import Dims, Segment
+from toolkit.plan.search.block import Segment
+from toolkit.plan.search.choice import Dims
 from toolkit.plan.search.layouts import R, V, Way
 from toolkit.plan.search.stack import Stack
 from toolkit.plan.transform import Region

@@ -12,29 +12,26 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from toolkit.cost.calibration import Calibration
 from toolkit.errors import InfeasibleError
 from toolkit.hardware import Cluster
 from toolkit.plan.plan import DATA_WAYS, How
-from toolkit.plan.search import linears, schedules
+from toolkit.plan.search import schedules
 from toolkit.plan.search.arrange import Arrangement, Arranger, Recompute, held_factor
-from toolkit.plan.search.block import Cost, Weights
+from toolkit.plan.search.bench import LEAN, SEARCHED, TOKENS, WHOLE, Bench
+from toolkit.plan.search.choice import Weights
 from toolkit.plan.search.constraints import Constraints
 from toolkit.plan.search.estimate import Estimate, Estimator
 from toolkit.plan.search.frontier import Candidate, Frontier
-from toolkit.plan.search.layouts import AxisName
 from toolkit.plan.search.rows import Rows
-from toolkit.plan.search.site import Mesh, Site, inner_axes
+from toolkit.plan.search.site import Mesh, Site
 from toolkit.plan.search.space import MOST_SAMPLES, Ground, Space, divisors
-from toolkit.plan.search.stack import Layouts, Outline, Stack
+from toolkit.plan.search.stack import Layouts, Stack
 from toolkit.plan.subject import Subject
 
-# How operators are split over the inner axes.
-WHOLE, MEGATRON, TOKENS = "operators whole", "columns and rows", "columns, rows and tokens"
-SEARCHED, LEAN = "operators split by search", "operators split lean"
 # Of grounds that cannot be faster than the best, so many are looked at as may hold less, and none
 # whose bound is this much above the best.
 _FAR = 1.5
@@ -78,35 +75,21 @@ class Outer:
     pruned: int = 0
     stopped: bool = False
     nearest: Unfit | None = None
-    known: Outline | None = None
+    shared: Bench | None = None
 
     def __post_init__(self) -> None:
-        self.outline = self.known or Outline(self.subject, self.cluster)
+        self.bench = self.shared or Bench(
+            self.subject, self.cluster, self.num_ranks, self.constraints, self.calibration
+        )
+        self.outline = self.bench.outline
         self.space = Space(
             self.cluster, self.num_ranks, self.subject.batch, len(self.subject.blocks),
             self.constraints,
         )  # fmt: skip
-        self._stacks: dict[object, Stack] = {}
-        self._rows: dict[object, Rows] = {}
-        self._given: dict[Stack, dict[str, Layouts]] = {}
-        self._shared = _shared(self.outline)
-        self._whole = self._representatives(self.constraints.whole_ops(self.subject.graph))
         devices = (self.cluster.device(rank) for rank in range(self.num_ranks))
         self._most_bytes = min(self.limit_bytes, max(one.memory_bytes for one in devices))
         blocks = [i for i, item in enumerate(self.outline.items) if item.path is not None]
         self.starts = (0, *blocks[1:])
-        self._crossing_names: list[list[str]] = []
-
-    def _representatives(self, names: frozenset[str]) -> frozenset[str]:
-        """The operators that stand for those named, whichever copy of a block they are in."""
-        found = set()
-        graph = self.subject.graph
-        for item in self.outline.items:
-            first = self.outline.items[self.outline.representatives[item.kind]].begin
-            for place, op in enumerate(graph.ops[item.begin : item.end]):
-                if op.name in names:
-                    found.add(graph.ops[first + place].name)
-        return frozenset(found)
 
     # The loop -------------------------------------------------------------------------------
 
@@ -169,7 +152,7 @@ class Outer:
             return True
         share = self.subject.batch // mesh.data
         sizes = [size for size in divisors(share) if size <= MOST_SAMPLES]
-        per_sample = {size: sum(self._base_rows(size).works[:2]) / size for size in sizes}
+        per_sample = {size: sum(self.bench.base_rows(size).works[:2]) / size for size in sizes}
         least = min(per_sample.values())
         enough = min(size for size in sizes if per_sample[size] <= _FILLED * least)
         return ground.num_samples <= enough * max(1, mesh.inner // 4)
@@ -190,7 +173,7 @@ class Outer:
         """No plan on this ground is faster, or holds less: its work without any communication,
         spread evenly, with the pipeline's filling; its parameters, spread as far as may be.
         """
-        rows = self._base_rows(ground.num_samples)
+        rows = self.bench.base_rows(ground.num_samples)
         mesh = ground.mesh
         held = float(rows.held.sum()) * min(held_factor(w, mesh.data) for w in self._ways(mesh))
         bound_s = self._spread_s(ground, rows, mesh.inner)
@@ -198,11 +181,11 @@ class Outer:
 
     def _laid_out_s(self, ground: Ground, layouts: Layouts) -> float:
         """The same of operators laid out, with what moving their tensors takes."""
-        stack = self._stack(ground)
+        stack = self.bench.stack(ground)
         devices = {group.node.device.name: group.node.device for group in self.cluster.groups}
         fastest = max(devices.values(), key=lambda one: one.peak(self.subject.dtype))
         device = stack.device if len(devices) == 1 else fastest
-        return self._spread_s(ground, self._as_rows(stack.costs(layouts, device)), 1)
+        return self._spread_s(ground, self.bench.as_rows(stack.costs(layouts, device)), 1)
 
     def _spread_s(self, ground: Ground, rows: Rows, parts: int) -> float:
         mesh = ground.mesh
@@ -214,21 +197,6 @@ class Outer:
             schedules.bound_s(family, mesh.pipeline, ground.microbatches, *works)
             for family in families
         ) / parts  # fmt: skip
-
-    def _base_rows(self, num_samples: int) -> Rows:
-        """What whole operators take, on the fastest device."""
-        key = ("base", num_samples)
-        if key not in self._rows:
-            stack = Stack(self.outline, self.cluster, (), num_samples, calibration=self.calibration)
-            layouts = stack.fastest(Weights())
-            devices = {group.node.device.name: group.node.device for group in self.cluster.groups}
-            fastest = max(devices.values(), key=lambda one: one.peak(self.subject.dtype))
-            self._rows[key] = self._as_rows(stack.costs(layouts, fastest))
-        return self._rows[key]
-
-    def _as_rows(self, costs: Sequence[Cost]) -> Rows:
-        blocks = [item.path is not None for item in self.outline.items]
-        return Rows.of(costs, blocks, self._shared)
 
     def _families(self, mesh: Mesh, microbatches: int) -> list[str]:
         wanted = self.constraints.schedules or schedules.SEARCHED
@@ -253,13 +221,14 @@ class Outer:
         """Return a search like this one on another cluster, with nothing found yet. `alike`: all
         takes as long there, so layouts and their costs are kept.
         """
-        other = Outer(
-            self.subject, cluster, self.num_ranks, limit_bytes, self.constraints,
-            self.calibration, self.deadline, lambda _doing, _best_s: None, known=self.outline,
+        bench = Bench(
+            self.subject, cluster, self.num_ranks, self.constraints, self.calibration,
+            outline=self.outline, like=self.bench if alike else None,
         )  # fmt: skip
-        if alike:
-            other._stacks, other._rows, other._given = self._stacks, self._rows, self._given
-        return other
+        return Outer(
+            self.subject, cluster, self.num_ranks, limit_bytes, self.constraints,
+            self.calibration, self.deadline, lambda _doing, _best_s: None, shared=bench,
+        )  # fmt: skip
 
     def look_at(self, ground: Ground, far: float = 1.0) -> None:
         """Estimate the candidates of a ground that may take at most `far` times the best."""
@@ -282,11 +251,11 @@ class Outer:
 
     def _usual(self, ground: Ground) -> Iterator[tuple[str, Layouts, Stack]]:
         """Yield the layouts to try first: Linears by columns and rows, and the fastest."""
-        stack = self._stack(ground)
+        stack = self.bench.stack(ground)
         if not stack.axes:
             yield WHOLE, stack.fastest(Weights()), stack
             return
-        for split, layouts in self._linears(stack).items():
+        for split, layouts in self.bench.linears(stack).items():
             yield split, layouts, stack
         if not self.constraints.native:
             weights = Weights(_bucket(ground.microbatches))
@@ -296,7 +265,7 @@ class Outer:
 
     def _lean(self, ground: Ground) -> Iterator[tuple[str, Layouts, Stack]]:
         """Yield layouts that hold less, where the others did not fit, and may still be best."""
-        stack = self._stack(ground)
+        stack = self.bench.stack(ground)
         if not stack.axes or self.constraints.native:
             return
         weights = Weights(_bucket(ground.microbatches))
@@ -320,7 +289,7 @@ class Outer:
         stack: Stack,
     ) -> bool:
         """Try every schedule and way of parameters; return whether all fit."""
-        arranger = Arranger(self._estimator(site, stack, layouts, ground), self.starts)
+        arranger = Arranger(self.bench.estimator(site, stack, layouts, ground), self.starts)
         fit = True
         works = arranger.estimator.rows[0].works
         for family in self._families(ground.mesh, ground.microbatches):
@@ -351,45 +320,6 @@ class Outer:
         if not self.constraints.runnable:
             return True
         return not self._by_program(split, mesh) or not (halves or split == TOKENS)
-
-    def _stack(self, ground: Ground, first: int = 0) -> Stack:
-        mesh = ground.mesh
-        axes = inner_axes(self.cluster, self.num_ranks, mesh, first)
-        key = (ground.num_samples, axes, self.cluster.device(first).name)
-        if key not in self._stacks:
-            self._stacks[key] = Stack(
-                self.outline, self.cluster, axes, ground.num_samples,
-                calibration=self.calibration, may_split=self._may_split, first=first,
-            )  # fmt: skip
-        return self._stacks[key]
-
-    def _may_split(self, op: str, _dim: str, _axis: AxisName) -> bool:
-        return op not in self._whole
-
-    def _linears(self, stack: Stack) -> dict[str, Layouts]:
-        """Columns and rows of Linears, without and with tokens split between them, where
-        transform.py and sequence.py find that they can be.
-        """
-        if [axis.name for axis in stack.axes] != ["tensor"] or self._whole:
-            return {}
-        if stack not in self._given:
-            found = {MEGATRON: linears.columns_and_rows(stack), TOKENS: linears.tokens(stack)}
-            self._given[stack] = {
-                split: stack.given(dims) for split, dims in found.items() if dims is not None
-            }
-        return self._given[stack]
-
-    def _estimator(self, site: Site, stack: Stack, layouts: Layouts, ground: Ground) -> Estimator:
-        rows = []
-        for kind in range(len(site.kinds)):
-            first = site.costs.ranks[site.positions(kind)[0]]
-            here = stack if first == 0 else self._stack(ground, first)
-            key = (id(layouts), id(here), site.kinds[kind].device.name)
-            if key not in self._rows:
-                found = here.costs(layouts, site.kinds[kind].device)
-                self._rows[key] = self._as_rows(found)
-            rows.append(self._rows[key])
-        return Estimator(site, rows, self._borders(stack, layouts))
 
     def _candidate(
         self,
@@ -472,46 +402,6 @@ class Outer:
             self.nearest = unfit
 
     # What crosses cuts ----------------------------------------------------------------------
-
-    def _borders(self, stack: Stack, layouts: Layouts) -> list[list[int]]:
-        """Bytes of each tensor that crosses a cut before each item, as one rank sends them."""
-        size = stack.sizes(layouts)
-        return [[size[name] for name in names] for names in self._crossing(stack)]
-
-    def _crossing(self, stack: Stack) -> list[list[str]]:
-        """The tensors that cross a cut before each item (chain.crossing, for all cuts at once)."""
-        if self._crossing_names:
-            return self._crossing_names
-        graph, items = stack.graph, self.outline.items
-        learned = self.outline.learned
-        item_of = {
-            op.name: index
-            for index, item in enumerate(items)
-            for op in graph.ops[item.begin : item.end]
-        }
-        found: list[list[str]] = [[] for _ in range(len(items) + 1)]
-        for op in graph.ops:
-            for name in op.outputs:
-                readers = graph.consumers[name]
-                last = max((item_of[reader.name] for reader in readers), default=-1)
-                last = len(items) - 1 if name in graph.outputs else last
-                if name in learned:
-                    for index in range(item_of[op.name] + 1, last + 1):
-                        found[index].append(name)
-        self._crossing_names = found
-        return found
-
-
-def _shared(outline: Outline) -> tuple[str, ...]:
-    """Parameters that several items read."""
-    graph = outline.subject.graph
-    readers: dict[str, set[int]] = {}
-    for index, item in enumerate(outline.items):
-        for op in graph.ops[item.begin : item.end]:
-            for name in op.inputs:
-                if graph.tensors[name].role == "parameter":
-                    readers.setdefault(name, set()).add(index)
-    return tuple(name for name, items in readers.items() if len(items) > 1)
 
 
 def _bucket(microbatches: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from toolkit.ir.graph import Tensor
-from toolkit.plan.search.block import Cost
+from toolkit.plan.search.choice import Cost
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from toolkit.hardware import Cluster, Device
 from toolkit.ir import backward, fold
 from toolkit.ir.graph import OpGraph
 from toolkit.plan import chain
-from toolkit.plan.search.block import Chosen, Cost, Dims, End, Segment, Weights
+from toolkit.plan.search.block import Segment
+from toolkit.plan.search.choice import Chosen, Cost, Dims, End, Weights
 from toolkit.plan.search.layouts import Axis, AxisName, Resharding, share
 from toolkit.plan.search.local import Parts, cut_out
 from toolkit.plan.subject import Subject
