@@ -40,7 +40,8 @@ def blocks(graph: OpGraph) -> tuple[str, ...]:
     again = sorted({path for path in paths if paths.count(path) > 1})
     if again:
         raise InfeasibleError(
-            f"{graph.name} runs {again[0]} more than once, which these plans do not express"
+            f"{graph.name} runs {again[0]} more than once, which this plan does not express",
+            remedy="use 3f1b, or dap",
         )
     return tuple(paths)
 

@@ -23,7 +23,7 @@ def check(plan: Plan, *, where: str = "plan") -> None:
         problem = plan.table.problem()
     except UsageError as error:
         raise FormatError(f"{where}: order: {error}") from error
-    faults = deadlock.find(problem, plan.order) or deadlock.overtaking(problem, plan.order)
+    faults = deadlock.find(problem, plan.order)
     if faults:
         shown = "; ".join(map(str, faults[:_SHOWN]))
         raise FormatError(f"{where}: the order cannot run: {shown}")

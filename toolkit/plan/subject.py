@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from toolkit.errors import InfeasibleError, UsageError, unknown_name
@@ -74,6 +75,28 @@ def load(model: str, *, dtype: str = "float32", **sizes: int | None) -> Subject:
         )
     graph = ir.trace_model(found, dtype=getattr(torch, dtype), **wanted)
     return Subject(model, graph, dtype)
+
+
+def read(path: Path, *, dtype: str | None = None, **sizes: int | None) -> Subject:
+    """Return the subject of a graph that `toolkit trace` wrote, at these sizes of a global batch.
+
+    Raises UsageError for a size the graph does not have, or a dtype it was not traced in.
+    """
+    graph = OpGraph.load(path)
+    held = {tensor.dtype for tensor in graph.parameters()}
+    found = dtype or (held.pop() if len(held) == 1 else "float32")
+    if held - {found}:
+        raise UsageError(
+            f"{path} was traced in {', '.join(sorted(held))}, not in {found}",
+            remedy="trace the model again with that --dtype",
+        )
+    if not graph.outputs or graph.tensors[graph.outputs[0]].shape:
+        raise UsageError(
+            f"{path} does not end in a loss: it was traced for inference",
+            remedy="trace it without --inference",
+        )
+    wanted = {name: size for name, size in sizes.items() if size is not None}
+    return Subject(graph.name, graph.at(**wanted) if wanted else graph, found)
 
 
 def check_same(subject: Subject, plan: Plan) -> None:

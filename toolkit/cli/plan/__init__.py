@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from toolkit.cli.plan import make, read, verify, write
+from toolkit.cli.plan import make, read, search, verify, write
 
 app = typer.Typer(
     help="Plan how a model is trained over many devices.",
@@ -13,6 +13,7 @@ app = typer.Typer(
     epilog="Example: toolkit plan search gpt-tiny --cluster cpux2 -o plan.json",
 )
 for command in (
+    search.search,
     make.make,
     read.library,
     read.show,

@@ -52,11 +52,11 @@ def summary(plan: Plan) -> list[Any]:
         *shown,
         view.table("Predicted, one step", ["what", "predicted>"], numbers),
         view.table(
-            f"Predicted memory of the fullest rank (stage {fullest})",
+            f"Predicted memory of the fullest rank (position {fullest})",
             ["category", "predicted>"],
             memory,
         ),
-        view.table("Predicted traffic of a rank", ["stage>", "kind", "calls>", "bytes>"], traffic),
+        view.table("Predicted traffic of a rank", ["position>", "kind", "calls>", "bytes>"], traffic),
     ]
 
 
@@ -86,7 +86,7 @@ def order(plan: Plan) -> Any:
         [stage, " ".join(str(action) for action in row[:24]) + (" ..." if len(row) > 24 else "")]
         for stage, row in enumerate(plan.order)
     ]
-    return view.table("Order (stage, F or B, microbatch)", ["stage>", "actions"], rows)
+    return view.table("Order (stage, F B I or W, microbatch)", ["position>", "actions"], rows)
 
 
 def considered(plan: Plan) -> Any:
