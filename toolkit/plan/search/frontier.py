@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from toolkit.plan.plan import Alternative, How
@@ -97,11 +96,3 @@ class Frontier:
     @property
     def best(self) -> Candidate | None:
         return self.fastest[0] if self.fastest else None
-
-
-def pareto(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
-    """Return those of `candidates` that none other beats, fastest first."""
-    frontier = Frontier()
-    for candidate in candidates:
-        frontier.add(candidate)
-    return tuple(frontier.members)

@@ -65,13 +65,6 @@ class Rows:
         """Seconds of one microbatch: forward, backward, and of that for gradients of weights."""
         return float(self.forward.sum()), float(self.backward.sum()), float(self.weight.sum())
 
-    def held_bytes(self, begin: int, end: int) -> float:
-        """Bytes of the parameters of the items [begin, end), each tied one once."""
-        tied: dict[str, int] = {}
-        for names in self.tied[begin:end]:
-            tied.update(names)
-        return float(self.held[begin:end].sum()) + sum(tied.values())
-
     @cached_property
     def gain(self) -> Any:
         """What recomputing an item frees of each microbatch alive; nothing outside the blocks."""
