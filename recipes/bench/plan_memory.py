@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MODELS: dict[str, tuple[str, dict[str, int]]] = {
     "gpt": ("gpt-mini", {"batch": 8, "tokens": 128}),
     "swin": ("swin-nano", {"batch": 8}),
-    "evoformer": ("evoformer-tiny", {"batch": 8}),
+    "evoformer": ("toolkit.plan.verify.matrix:evoformer_one_pass", {"batch": 8}),
     "t5": ("t5-tiny", {"batch": 8, "tokens": 64}),
 }
 
