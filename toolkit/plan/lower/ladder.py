@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from toolkit.errors import UsageError
 from toolkit.plan.lower.lowered import Batch, Lowered
 from toolkit.plan.lower.recorder import Recorder
 from toolkit.plan.plan import Plan
@@ -44,16 +43,7 @@ def lower(
     `module` is the whole model with equal weights on every rank; `example` is one microbatch.
     Raises UsageError for a plan that its rung cannot run.
     """
-    found = rung(plan)
-    try:
-        lowering: Any = importlib.import_module(_MODULES[found])
-    except ModuleNotFoundError as error:
-        if error.name != _MODULES[found]:
-            raise
-        raise UsageError(
-            f"plan {plan.strategy} needs the {found} rung, which this version does not have",
-            remedy="use a plan without splits of operators, and one stage a position",
-        ) from error
-    lower = lowering.lower if hasattr(lowering, "lower") else lowering.Pipeline
-    lowered: Lowered = lower(plan, module, mesh, recorder, example)
+    # Imported when needed: a rung's own imports are heavy.
+    lowering: Any = importlib.import_module(_MODULES[rung(plan)])
+    lowered: Lowered = lowering.lower(plan, module, mesh, recorder, example)
     return lowered
