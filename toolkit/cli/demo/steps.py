@@ -19,6 +19,7 @@ from toolkit.timeline import Timeline, files
 from toolkit.units import format_bytes, format_count, format_rate, format_seconds
 
 PLANNED = "gpt-tiny"
+_SHOWN = 4  # plans, of those considered
 SERVED = "smollm2-135m"
 CHAT = "Explain in two sentences what a computer program is."
 QUESTION = "What does the with statement do?"
@@ -75,24 +76,23 @@ def probe(setting: Setting) -> Found:
 
 
 def plan(setting: Setting) -> Found:
-    """Trace a GPT and plan it for two ranks on this machine: every strategy is predicted."""
+    """Trace a GPT and search its plan for two ranks of this machine."""
     made = child.toolkit(
-        "plan", "make", PLANNED, "--strategy", "auto", "--cluster", "cpux2",
+        "plan", "search", PLANNED, "--cluster", "cpux2", "--batch", "8",
         "-o", setting.path("plan.json"), "--timeline", setting.path("planned.json"),
         threads=setting.cores,
     )  # fmt: skip
     planned = made["plan"]
     prediction = planned["prediction"]
-    chosen = {"description": planned["strategy"], "step_s": prediction["step_s"], "reason": ""}
+    chosen = {"description": made["description"], "step_s": prediction["step_s"]}
     considered = [chosen, *planned["considered"]]
     rows = tuple(
         Row(
             "plan",
-            f"{PLANNED} by {entry['description']}, a step",
+            f"{PLANNED}: {entry['description']}, a step",
             predicted=format_seconds(entry["step_s"]),
         )
-        for entry in considered
-        if entry["step_s"]
+        for entry in considered[:_SHOWN]
     )
     facts = {
         "strategy": planned["strategy"],
@@ -128,7 +128,7 @@ def train(setting: Setting) -> Found:
             measured=format_seconds(body["measured_step_s"]),
         ),
         Row(
-            "train", f"loss, over {len(losses)} steps of {body['text']}",
+            "train", f"loss, over {len(losses)} steps of {body['data']}",
             measured=f"{losses[0]:.3f} to {losses[-1]:.3f}",
         ),
         Row(

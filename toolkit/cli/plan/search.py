@@ -9,7 +9,7 @@ import typer
 from rich.console import Group
 
 from toolkit.cli import view
-from toolkit.cli.plan import picture
+from toolkit.cli.plan import again, picture
 from toolkit.units import format_bytes, format_count, format_seconds, parse_bytes
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ def search(
     constraints: Annotated[
         Path | None, typer.Option(help="A .toml or .json file of what is ruled out or asked for.")
     ] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(help="Also write the predicted step as a timeline.")
+    ] = None,
     as_json: view.Json = False,
 ) -> None:
     """Search the plan with the shortest predicted step that fits, over everything that can vary.
@@ -53,9 +56,10 @@ def search(
     Example: toolkit plan search gpt-tiny --cluster cpux2 --batch 16 -o plan.json
     """
     from toolkit.hardware import find_cluster
-    from toolkit.plan import io, subject
+    from toolkit.plan import io, predict, subject
     from toolkit.plan.search import constraints as rules
     from toolkit.plan.search import found as searching
+    from toolkit.timeline import files
 
     where = find_cluster(cluster)
     given = rules.load(constraints) if constraints else None
@@ -80,10 +84,14 @@ def search(
             progress=progress,
         )
     digest = io.save(found.plan, output)
+    if timeline is not None:
+        run = predict.simulated(found.plan, traced, where)
+        files.save(again.timeline(run, found.plan), timeline)
     facts = {
         "path": str(output),
         "digest": digest,
         "plan": io.to_body(found.plan),
+        "description": found.best.description,
         "binding": found.binding,
         "frontier": [_candidate(one) for one in found.frontier],
         "considered": found.considered,

@@ -50,6 +50,6 @@ def find(strategy: str) -> Callable[..., Plan]:
 
 
 def describe(strategy: str) -> str:
-    """Return what a strategy does, in the words its file begins with."""
+    """Return what a strategy does: the first paragraph of its file."""
     text = sys.modules[find(strategy).__module__].__doc__ or ""
-    return text.partition("\n")[0]
+    return " ".join(text.partition("\n\n")[0].split())
