@@ -51,6 +51,9 @@ def of(plan: Plan, graph: OpGraph, costs: Costs) -> Script:
         transfers=transfers,
         sums=tuple(reader.sums()),
         update_s=tuple(updates),
+        reduced_bytes=tuple(
+            sum(one.num_bytes for one in reduce.reductions(walk, rank)) for rank in costs.ranks
+        ),
         prefetch=not costs.is_cpu,
         traffic=executor.traffic_of(walk),
     )

@@ -132,9 +132,13 @@ class _Walk:
             self.sent += sum(call.num_bytes for call in transfer.calls)
 
     def update(self) -> Usage:
-        """The optimizer's step: the largest unit's parameters pass through it."""
+        """The end: gradients copied to be reduced, or the largest parameter in the optimizer."""
+        copied = self.script.reduced_bytes
         largest = max((t.num_bytes for unit in self.units for t in unit.parameters), default=0)
-        return replace(self._now(), temporary=largest)
+        now = self._now()
+        if copied and copied[self.position] > largest:
+            return now + Usage(communication=copied[self.position])
+        return replace(now, temporary=largest)
 
     def _now(self) -> Usage:
         return replace(

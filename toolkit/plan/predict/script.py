@@ -77,7 +77,8 @@ class Script:
     """`held[stage, position]`; `transfers[stage, "F"]` leads to the next stage, "B" to the one
     before. `received_bytes` are set aside for what arrives, and with `keeps_sent` what is sent
     stays to the end of the step, as torch's pipeline runtime does it. With `prefetch` gathers run
-    a piece ahead, and reductions beside computing. `traffic` is there when more is known of it
+    a piece ahead, and reductions beside computing. `reduced_bytes` of gradients are copied to be
+    reduced at the end. `traffic` is there when more is known of it
     than follows from the calls.
     """
 
@@ -88,6 +89,7 @@ class Script:
     sums: tuple[Sum, ...] = ()
     update_s: tuple[float, ...] = ()
     received_bytes: tuple[int, ...] = ()
+    reduced_bytes: tuple[int, ...] = ()
     keeps_sent: bool = False
     prefetch: bool = True
     traffic: tuple[Traffic, ...] | None = None
