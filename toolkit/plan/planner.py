@@ -5,19 +5,22 @@ for each strategy: write its plan -> predict it -> does it fit?  keep the fastes
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from toolkit.cost.calibration import Calibration
 from toolkit.cost.memory import Ledger
-from toolkit.errors import InfeasibleError
+from toolkit.errors import InfeasibleError, unknown_name
 from toolkit.hardware import Cluster
 from toolkit.plan import library, predict
 from toolkit.plan.plan import Alternative, Plan
 from toolkit.plan.subject import Subject
 
 AUTO = "auto"
+# What every strategy takes.
+_COMMON = {"subject", "cluster", "num_ranks", "microbatches", "recompute"}
 
 
 def make(
@@ -39,6 +42,11 @@ def make(
     more memory than a device has (or `memory_limit_bytes`, when less).
     """
     predict.check_fits(num_ranks or 1, cluster)
+    write = library.find(strategy)
+    known = {*inspect.signature(write).parameters} - _COMMON
+    for name in degrees:
+        if name not in known:
+            raise unknown_name(f"degree of {strategy}", name, known)
     options: dict[str, Any] = {
         "num_ranks": num_ranks,
         "microbatches": microbatches,
@@ -46,7 +54,7 @@ def make(
         **{name: degree for name, degree in degrees.items() if degree is not None},
     }
     plan = _predicted(
-        library.find(strategy)(subject, cluster, **options),
+        write(subject, cluster, **options),
         subject,
         cluster,
         memory_limit_bytes,

@@ -150,7 +150,7 @@ def verify(setting: Setting) -> Found:
     rows = tuple(
         Row(
             "plan",
-            f"rank of stage {row['stage']}: {row['kind']}, calls and bytes",
+            f"rank at position {row['position']}: {row['kind']}, calls and bytes",
             predicted=f"{row['predicted'][0]}, {format_bytes(row['predicted'][1])}",
             measured=f"{row['counted'][0]}, {format_bytes(row['counted'][1])}",
         )

@@ -10,6 +10,7 @@ from rich.console import Group
 
 from toolkit.cli import view
 from toolkit.cli.plan import again, picture
+from toolkit.errors import UsageError
 from toolkit.units import parse_bytes
 
 
@@ -33,6 +34,10 @@ def make(
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a sample.")] = None,
     microbatches: Annotated[
         int | None, typer.Option(min=1, help="Pieces a rank's part of the batch is run in.")
+    ] = None,
+    degree: Annotated[
+        list[str] | None,
+        typer.Option(help="What only some strategies take, e.g. tensor=2, data=4, parts=8."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Type of the parameters and arithmetic.")] = "float32",
     recompute: Annotated[
@@ -58,8 +63,13 @@ def make(
     from toolkit.timeline import files
 
     where = find_cluster(cluster)
+    degrees = _degrees(degree or [])
     if strategy != planner.AUTO:
         library.find(strategy)
+    elif degrees:
+        raise UsageError(
+            f"auto takes no degree ({', '.join(degrees)})", remedy="name a --strategy, or search"
+        )
     options: dict[str, Any] = {
         "num_ranks": ranks,
         "microbatches": microbatches,
@@ -76,7 +86,7 @@ def make(
             )  # fmt: skip
         else:
             bar.update(task, description=f"predict {strategy}")
-            plan = planner.make(traced, where, strategy, **options)
+            plan = planner.make(traced, where, strategy, **{**options, **degrees})
     digest = io.save(plan, output)
     if timeline is not None:
         files.save(again.timeline(predict.simulated(plan, traced, where), plan), timeline)
@@ -90,3 +100,13 @@ def make(
             f"torchrun --nproc-per-node {plan.num_ranks} recipes/train.py --plan {output}",
         ),
     )
+
+
+def _degrees(given: list[str]) -> dict[str, int]:
+    found = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        if not name.isidentifier() or not value.isdigit() or int(value) < 1:
+            raise UsageError(f"--degree {text!r} is not name=number", remedy="e.g. tensor=2")
+        found[name] = int(value)
+    return found

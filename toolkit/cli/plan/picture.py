@@ -24,6 +24,7 @@ def summary(plan: Plan) -> list[Any]:
         ["mesh", f"{mesh} on {came.cluster}"],
         ["microbatches", f"{plan.microbatches} of {plan.microbatch}"],
         ["placements", _placements(plan)],
+        ["splits", _splits(plan)],
         ["stages", _stages(plan)],
         ["recompute", f"{len(plan.recompute)} blocks" if plan.recompute else "nothing"],
     ]
@@ -56,7 +57,9 @@ def summary(plan: Plan) -> list[Any]:
             ["category", "predicted>"],
             memory,
         ),
-        view.table("Predicted traffic of a rank", ["position>", "kind", "calls>", "bytes>"], traffic),
+        view.table(
+            "Predicted traffic of a rank", ["position>", "kind", "calls>", "bytes>"], traffic
+        ),
     ]
 
 
@@ -74,10 +77,22 @@ def _placements(plan: Plan) -> str:
 
 
 def _stages(plan: Plan) -> str:
-    return "; ".join(
-        f"{index}: {stage.blocks[0]} to {stage.blocks[-1]}"
-        for index, stage in enumerate(plan.stages)
-    )
+    shown = []
+    for index, stage in enumerate(plan.stages):
+        blocks = f"{stage.blocks[0]} to {stage.blocks[-1]}" if stage.blocks else "no block"
+        at = ", ".join(map(str, stage.devices))
+        where = f" on {at}" if plan.size("pipeline") > 1 else ""
+        shown.append(f"{index}: {blocks}{where}{' without gradient' * stage.no_grad}")
+    return "; ".join(shown)
+
+
+def _splits(plan: Plan) -> str:
+    counts: dict[str, int] = {}
+    for split in plan.splits:
+        over = f"over {split.axis}" if split.axis else f"in {split.parts} co-shards"
+        counts[over] = counts.get(over, 0) + 1
+    shown = [f"{count} patterns of operators {over}" for over, count in counts.items()]
+    return "; ".join(shown) or "none"
 
 
 def order(plan: Plan) -> Any:

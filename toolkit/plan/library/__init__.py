@@ -7,16 +7,22 @@ from collections.abc import Callable, Mapping
 
 from toolkit.errors import unknown_name
 from toolkit.plan.library import (
+    co_shard,
+    context_parallel,
+    dap,
     data_parallel,
     dualpipe_v,
     fsdp,
     fsdp_tp,
     gpipe,
+    grid,
     hsdp,
+    interlaced,
     interleaved,
     megatron,
     one_f_one_b,
     sequence_parallel,
+    three_f_one_b,
     zb_v,
     zero,
     zero_bubble,
@@ -39,6 +45,12 @@ STRATEGIES: Mapping[str, Callable[..., Plan]] = {
     "zb-h1": zero_bubble.plan,
     "zb-v": zb_v.plan,
     "dualpipe-v": dualpipe_v.plan,
+    "grid": grid.plan,
+    "context": context_parallel.plan,
+    "dap": dap.plan,
+    "co-shard": co_shard.plan,
+    "interlaced": interlaced.plan,
+    "3f1b": three_f_one_b.plan,
 }
 
 

@@ -30,17 +30,20 @@ def plan(
     num_ranks: int | None = None,
     microbatches: int | None = None,
     recompute: bool = False,
-    pipeline: int = 1,
-    context: int = 1,
-    tensor: int = 1,
+    pipeline: int | None = None,
+    context: int | None = None,
+    tensor: int | None = None,
     sequence: bool = False,
 ) -> Plan:
     """Return the plan over `num_ranks` ranks (default: the whole cluster); data parallelism takes
-    those that the other degrees leave.
+    those that the other degrees leave. Degrees not given are 1; with none given, pipeline and
+    tensor are 2.
 
     Raises InfeasibleError when a degree does not divide what it splits.
     """
     size = num_ranks or cluster.num_devices
+    default = 2 if pipeline is context is tensor is None else 1
+    pipeline, tensor, context = pipeline or default, tensor or default, context or 1
     product = pipeline * context * tensor
     if size % product:
         raise InfeasibleError(
