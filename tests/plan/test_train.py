@@ -112,7 +112,8 @@ runpy.run_path({str(TRAIN)!r}, run_name="__main__")
 )  # fmt: skip
 def test_every_family_learns(model: str, sizes: dict, said: str, two_ranks, tmp_path: Path) -> None:
     traced = subject.load(model, batch=8, **sizes)
-    metrics = train(planner.make(traced, two_ranks, "zero-2", microbatches=2), tmp_path, 30)
+    plan = planner.make(traced, two_ranks, "zero-2", microbatches=2)
+    metrics = train(plan, tmp_path, 30, "--learning-rate", "0.01")
     assert said in metrics["data"]
     losses = metrics["losses"]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from toolkit import models
 from toolkit.errors import UsageError
@@ -57,13 +59,29 @@ def session() -> Iterator[Session]:
         torch.cuda.set_device(device)
     torch.set_num_threads(max(1, usable_cores() // num_local))
     compat.self_test()
-    dist.init_process_group("nccl" if cuda else "gloo")
+    _join("nccl" if cuda else "gloo", num_local)
     try:
         yield Session(dist.get_rank(), dist.get_world_size(), device)
         # Nobody leaves while another rank may still be sending.
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def _join(backend: str, num_local: int) -> None:
+    """Join the process group; after a restart, under names of this attempt's own.
+
+    torchrun's agent keeps its store over restarts, and ranks would find the addresses of those
+    that died (pytorch#135712). Only one machine's agent counts attempts alike for all ranks: on
+    several, start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or num_local != int(os.environ["WORLD_SIZE"]):
+        dist.init_process_group(backend)
+        return
+    store, rank, num_ranks = next(rendezvous("env://"))
+    own = PrefixStore(f"attempt-{attempt}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=num_ranks)
 
 
 def mesh_of(plan: Plan, here: Session) -> DeviceMesh:

@@ -166,12 +166,12 @@ class Unit:
     def gather_parameters(self) -> None:
         """Give every rank what each has updated."""
         own = self.flat[self.begin : self.begin + self.part].clone()
-        dist.all_gather_into_tensor(self.flat, own, group=self.group)
+        dist.all_gather_single(self.flat, own, group=self.group)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (path, whole gradient). All ranks must run through it."""
         flat = self._buffer()
-        dist.all_gather_into_tensor(flat, self.gradient, group=self.group)
+        dist.all_gather_single(flat, self.gradient, group=self.group)
         for name, parameter in self.parameters.items():
             yield name, whole(like(parameter, self._view(flat, name)))
 
@@ -202,7 +202,7 @@ class Unit:
             self._whole = self._buffer()
         if self.shard_gradients:
             self._arrived = self._buffer(self.part)
-        self._work = dist.reduce_scatter_tensor(
+        self._work = dist.reduce_scatter_single(
             self._arrived, self._whole, group=self.group, async_op=True
         )
 
