@@ -1,6 +1,6 @@
 """Library plans that only the own executor runs: parity, exact traffic, and what they refuse.
 
-The whole matrix is slow; a slice of it always runs.
+The whole matrix is slow; test_run_program.py always runs a slice of it.
 """
 
 from __future__ import annotations
@@ -75,16 +75,6 @@ def matrix(model: str, load, ranks: int) -> list:
 @pytest.mark.parametrize("model", list(SIZES))
 def test_every_plan_that_applies(model: str, ranks: int, dtype: str, traced) -> None:
     check(matrix(model, traced, ranks), traced(model), dtype=dtype)
-
-
-def test_a_slice_of_it_on_two_ranks(traced, two_ranks) -> None:
-    gpt = traced("gpt-tiny")
-    plans = [
-        co_shard.plan(gpt, two_ranks, parts=2, microbatches=2),
-        context_parallel.plan(gpt, two_ranks, microbatches=2),
-        interlaced.plan(gpt, two_ranks, microbatches=4),
-    ]
-    check(plans, gpt)
 
 
 def test_an_embedding_is_nowhere_whole_when_interlaced(traced, two_ranks) -> None:

@@ -11,7 +11,7 @@ import pytest
 from toolkit.errors import UsageError
 from toolkit.hardware import find_cluster
 from toolkit.plan import io, launch
-from toolkit.plan.library import co_shard, grid, interlaced
+from toolkit.plan.library import co_shard, context_parallel, grid, interlaced
 from toolkit.plan.lower.program import local, write
 from toolkit.plan.lower.program.walk import Walk
 from toolkit.plan.plan import Split
@@ -20,12 +20,16 @@ sys.path.append(str(Path(__file__).parent))
 from program_check import check
 
 
-def test_tensor_parallel_and_pipelines_on_two_ranks(tiny, two_ranks) -> None:
+def test_plans_of_every_kind_on_two_ranks(tiny, two_ranks) -> None:
+    """All in one start of the ranks, which costs more than they do."""
     plans = [
         grid.plan(tiny, two_ranks, tensor=2, microbatches=2, recompute=True),
         grid.plan(tiny, two_ranks, tensor=2, sequence=True),
         grid.plan(tiny, two_ranks, pipeline=2, microbatches=4, recompute=True),
-        grid.plan(tiny, two_ranks, microbatches=2),
+        grid.plan(tiny, two_ranks, pipeline=1, microbatches=2),
+        co_shard.plan(tiny, two_ranks, parts=2, microbatches=2),
+        context_parallel.plan(tiny, two_ranks, microbatches=2),
+        interlaced.plan(tiny, two_ranks, microbatches=4),
     ]
     for found in check(plans, tiny):
         assert found["parity"]["num_gradients"] == 69

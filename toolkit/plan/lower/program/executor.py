@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from toolkit.plan.lower.program import kernel, move
-from toolkit.plan.lower.program.kernel import Kernel, Sources, Trace
+from toolkit.plan.lower.program.kernel import Gradients, Kernel, Sources, Trace
 from toolkit.plan.lower.program.move import Network
 from toolkit.plan.lower.program.script import (
     Item,
-    Key,
     Move,
     Script,
     Segment,
@@ -40,7 +39,7 @@ class Pass:
     microbatch: int
     sources: Sources
     values: dict[Value, Tensor] = field(default_factory=dict)
-    gradients: dict[Key, Tensor] = field(default_factory=dict)
+    gradients: Gradients = field(default_factory=Gradients)
     traces: dict[int, Trace] = field(default_factory=dict)
     kept: dict[int, dict[Value, Tensor]] = field(default_factory=dict)
 
@@ -87,9 +86,9 @@ class StageRun:
             self.passes[microbatch] = state
         return losses[0] if losses else None
 
-    def _item(self, item: Item, state: Pass, *, learns: bool) -> None:
+    def _item(self, item: Item, state: Pass, *, learns: bool, again: bool = False) -> None:
         if isinstance(item, Segment):
-            self._segment(item, state, learns=learns)
+            self._segment(item, state, learns=learns, again=again)
         elif isinstance(item, Move):
             self._move(item, state)
         else:
@@ -105,11 +104,11 @@ class StageRun:
             value: state.values[value] for value in unit.needed if value in state.values
         }
 
-    def _segment(self, segment: Segment, state: Pass, *, learns: bool) -> None:
+    def _segment(self, segment: Segment, state: Pass, *, learns: bool, again: bool) -> None:
         run = self.kernels[segment.name].run
         if learns:
             with torch.enable_grad():
-                leaving, trace = run(state.values, state.sources, self.anchor)
+                leaving, trace = run(state.values, state.sources, self.anchor, again=again)
             assert trace is not None
             state.traces[segment.name] = trace
             state.values.update(leaving)
@@ -148,9 +147,8 @@ class StageRun:
             tensor = self.graph.tensors[value.tensor]
             shape = tuple(high - low for low, high in value.box)
             dtype = getattr(torch, tensor.dtype)
-            state.gradients[value, ()] = torch.full(
-                shape, scale, dtype=dtype, device=self.network.device
-            )
+            ones = torch.full(shape, scale, dtype=dtype, device=self.network.device)
+            state.gradients.add((value, ()), ones)
         with torch.no_grad():
             self._back(self.script.items, state)
 
@@ -160,7 +158,7 @@ class StageRun:
                 kernel.backward(state.traces.pop(item.name), state.gradients)
                 for value in item.leaves:
                     if self.first_maker[value] == item.name:
-                        state.gradients.pop((value, ()), None)
+                        state.gradients.pop((value, ()))
             elif isinstance(item, Move):
                 if item.exchange.backward is not None:
                     self._move_back(item, state)
@@ -174,7 +172,7 @@ class StageRun:
             if isinstance(item, Unit):
                 self._keep(item, inner)
             if again:
-                self._item(item, inner, learns=not isinstance(item, Unit))
+                self._item(item, inner, learns=not isinstance(item, Unit), again=True)
         inner.values = {}
         self._back(unit.items, inner)
 
@@ -189,7 +187,7 @@ class StageRun:
             for index, slot in enumerate(exchange.slots):
                 if slot.rank == item.rank:
                     key = Value(exchange.tensor, slot.mask.box, exchange.source), slot.alike
-                    value = state.gradients.pop(key, None)
+                    value = state.gradients.pop(key)
                     given[index] = self._zeros(item, slot.mask.shape) if value is None else value
             for name, (index, mask) in zip(adapter.inputs, exchange.shares, strict=True):
                 if index in given:
@@ -200,9 +198,7 @@ class StageRun:
             return
         for name, (rank, mask) in zip(adapter.outputs, exchange.made, strict=True):
             if rank == item.rank:
-                made: Key = Value(exchange.tensor, mask.box, -1), ()
-                before = state.gradients.get(made)
-                state.gradients[made] = held[name] if before is None else before + held[name]
+                state.gradients.add((Value(exchange.tensor, mask.box, -1), ()), held[name])
 
     def _zeros(self, item: Move, shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(shape, dtype=self._dtype(item), device=self.network.device)

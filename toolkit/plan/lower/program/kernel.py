@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from toolkit.plan.lower.program import shortcuts
 from toolkit.plan.lower.program.exchange import Slot
 from toolkit.plan.lower.program.move import put_together
 from toolkit.plan.lower.program.script import Key, Read, Segment, Value
 from toolkit.plan.lower.program.weights import Weight
 from toolkit.plan.lower.program.write import Written
-from toolkit.plan.program import rules
 from toolkit.plan.tensors import Mask
 
 # (name of an input or a buffer, which part of it) -> the tensor
@@ -44,12 +44,20 @@ class Trace:
     leaves: tuple[tuple[Value, GradientEdge], ...]
 
 
+_Run = Callable[..., Sequence[Tensor]]
+
+
 @dataclass(frozen=True)
 class _Step:
-    run: Callable[..., Sequence[Tensor]]
+    run: _Run
+    again: _Run  # what is run for the backward alone
     reads: tuple[int, ...]
     writes: tuple[int, ...]
     dead: tuple[int, ...]
+
+
+# As a step, before it is known what is read last where.
+_Planned = tuple[_Run, _Run, list[int], list[int]]
 
 
 class Kernel:
@@ -61,15 +69,13 @@ class Kernel:
         self.weights = weights
         self._places: dict[object, int] = {}
         self.sources: list[tuple[int, _Source]] = []
-        steps: list[tuple[Callable[..., Sequence[Tensor]], list[int], list[int]]] = []
-        for call in segment.calls:
+        steps: list[_Planned] = []
+        for index, call in enumerate(segment.calls):
             reads = [self._read(read, steps) for read in call.reads]
             writes = [self._place((value, ())) for value in call.writes]
-            run = rules.prepare(
-                call.op, written.annotations[call.op.name], call.part.region,
-                written.outputs(call.part),
-            )  # fmt: skip
-            steps.append((run, reads, writes))
+            run = shortcuts.runner(call, written)
+            again = shortcuts.unread if index in segment.unread else run
+            steps.append((run, again, reads, writes))
         self.enters = [(self._place(key), key) for key in segment.enters]
         self.leaves = [(self._place((value, ())), value) for value in segment.leaves]
         self.steps = _with_dead(steps, {place for place, _ in self.leaves})
@@ -80,7 +86,7 @@ class Kernel:
     def _read(
         self,
         read: Read,
-        steps: list[tuple[Callable[..., Sequence[Tensor]], list[int], list[int]]],
+        steps: list[_Planned],
     ) -> int:
         """The place an input is read from, with the step that puts it there if one is needed."""
         if not read.keys:
@@ -99,7 +105,8 @@ class Kernel:
             def run(*values: Tensor) -> tuple[Tensor, ...]:
                 return (put_together(target, masks, values),)
 
-            steps.append((run, [self._place(key) for key in read.keys], [self._place(together)]))
+            places = [self._place(key) for key in read.keys]
+            steps.append((run, run, places, [self._place(together)]))
         return self._place(together)
 
     def run(
@@ -107,9 +114,11 @@ class Kernel:
         values: Mapping[Value, Tensor],
         sources: Sources,
         anchor: Tensor | None,
+        *,
+        again: bool = False,
     ) -> tuple[list[tuple[Value, Tensor]], Trace | None]:
         """Run on values made before; return those that leave, and with an `anchor` (a scalar that
-        needs a gradient) the trace for backward.
+        needs a gradient) the trace for backward. `again` leaves out what only the forward needs.
         """
         held: list[Tensor | None] = [None] * len(self._places)
         entered, weighed = [], []
@@ -127,7 +136,8 @@ class Kernel:
                 weighed.append((weight, slot, get_gradient_edge(value)))
             held[place] = value
         for step in self.steps:
-            made = step.run(*[held[place] for place in step.reads])
+            run = step.again if again else step.run
+            made = run(*[held[place] for place in step.reads])
             for place, result in zip(step.writes, made, strict=True):
                 held[place] = result
             for place in step.dead:
@@ -145,10 +155,38 @@ class Kernel:
         return leaving, Trace(tuple(entered), tuple(weighed), tuple(edges))
 
 
-def backward(trace: Trace, gradients: dict[Key, Tensor]) -> None:
+class Gradients:
+    """Gradients of one microbatch, added up by what they are of.
+
+    The first of a key may be shared with others, and is not written to; a sum made here is.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[Key, Tensor] = {}
+        self._sums: set[Key] = set()
+
+    def add(self, key: Key, value: Tensor) -> None:
+        before = self._held.get(key)
+        if before is None:
+            self._held[key] = value
+        elif key in self._sums:
+            before += value
+        else:
+            self._held[key] = before + value
+            self._sums.add(key)
+
+    def get(self, key: Key) -> Tensor | None:
+        return self._held.get(key)
+
+    def pop(self, key: Key) -> Tensor | None:
+        self._sums.discard(key)
+        return self._held.pop(key, None)
+
+
+def backward(trace: Trace, gradients: Gradients) -> None:
     """Run a segment's backward: read the gradients of what left it, add those of what entered."""
-    roots = [(edge, gradients[value, ()]) for value, edge in trace.leaves
-             if (value, ()) in gradients]  # fmt: skip
+    left = [(edge, gradients.get((value, ()))) for value, edge in trace.leaves]
+    roots = [(edge, given) for edge, given in left if given is not None]
     targets = [edge for _, edge in trace.values] + [edge for _, _, edge in trace.weights]
     if not roots or not targets:
         return
@@ -157,21 +195,18 @@ def backward(trace: Trace, gradients: dict[Key, Tensor]) -> None:
     )
     for (key, _), value in zip(trace.values, found, strict=False):
         if value is not None:
-            before = gradients.get(key)
-            gradients[key] = value if before is None else before + value
+            gradients.add(key, value)
     for (weight, slot, _), value in zip(trace.weights, found[len(trace.values) :], strict=True):
         if value is not None:
             weight.add(slot, value)
 
 
-def _with_dead(
-    steps: Sequence[tuple[Callable[..., Sequence[Tensor]], list[int], list[int]]], kept: set[int]
-) -> list[_Step]:
+def _with_dead(steps: Sequence[_Planned], kept: set[int]) -> list[_Step]:
     """The steps with the places that nothing reads after each."""
     seen = set(kept)
     found = []
-    for run, reads, writes in reversed(steps):
+    for run, again, reads, writes in reversed(steps):
         dead = tuple(place for place in dict.fromkeys((*reads, *writes)) if place not in seen)
         seen.update(dead)
-        found.append(_Step(run, tuple(reads), tuple(writes), dead))
+        found.append(_Step(run, again, tuple(reads), tuple(writes), dead))
     return found[::-1]

@@ -105,7 +105,10 @@ def _backward(walk: Walk, script: Script, items: Sequence[Item]) -> _Steps:
                     yield call, False
         else:
             for inner, again in zip(item.items, item.again, strict=True):
-                if again:
+                if again and isinstance(inner, Segment):
+                    steps = enumerate(_ops(walk, script, inner))
+                    yield from ((step, True) for at, step in steps if at not in inner.unread)
+                elif again:
                     yield from _forward(walk, script, [inner], again=True)
             yield from _backward(walk, script, item.items)
 

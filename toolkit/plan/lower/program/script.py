@@ -7,7 +7,7 @@ communication, and one piece of autograd; moves bring values from rank to rank b
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -57,12 +57,16 @@ class Call:
 class Segment:
     """Calls that are one piece of autograd. `enters` are what it takes of values made before,
     `leaves` what others take of what it makes.
+
+    `unread` are linears (places in `calls`) whose results nothing reads when the segment runs again
+    for its backward: then they need not be computed.
     """
 
     name: int
     calls: tuple[Call, ...]
     enters: tuple[Key, ...]
     leaves: tuple[Value, ...]
+    unread: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -392,7 +396,7 @@ def _with_leaves(items: Sequence[Item], after: Sequence[Value]) -> list[Item]:
 def _cut(item: Item, wanted: set[Value]) -> Item:
     if isinstance(item, Segment):
         leaves = tuple(value for value in item.leaves if value in wanted)
-        return Segment(item.name, item.calls, item.enters, leaves)
+        return replace(item, leaves=leaves)
     if isinstance(item, Move):
         return item
     inner = _with_leaves(item.items, tuple(wanted))
@@ -401,10 +405,30 @@ def _cut(item: Item, wanted: set[Value]) -> Item:
     for one in inner:
         needed.update(dict.fromkeys(value for value in reads_of(one) if value not in made))
         made.update(makes_of(one))
-    again = []
-    for index, one in enumerate(inner):
-        read = {value for later in inner[index + 1 :] for value in reads_of(later)}
+    again: list[bool] = []
+    read: set[Value] = set()  # of what runs again, or is run again later
+    for index in reversed(range(len(inner))):
+        one = inner[index]
         again.append(isinstance(one, Segment) or not read.isdisjoint(makes_of(one)))
+        if isinstance(one, Segment):
+            inner[index] = replace(one, unread=_unread(one, read))
+        if again[-1] or isinstance(one, Unit):
+            read.update(reads_of(one))
+    again.reverse()
     makes = tuple(value for value in dict.fromkeys(v for one in inner for v in makes_of(one))
                   if value in wanted)  # fmt: skip
     return Unit(item.name, tuple(inner), tuple(needed), tuple(again), makes)
+
+
+def _unread(segment: Segment, read: set[Value]) -> frozenset[int]:
+    """The linears whose results neither the segment nor `read` has a use for."""
+    inside = {value for call in segment.calls for one in call.reads for value, _ in one.keys}
+    return frozenset(
+        index
+        for index, call in enumerate(segment.calls)
+        if call.op.kind == "aten.linear"
+        and call.op.grad_enabled
+        and not call.op.autocast
+        and read.isdisjoint(call.writes)
+        and inside.isdisjoint(call.writes)
+    )
