@@ -25,7 +25,9 @@ How = Literal[
     # How a module is split over the tensor axis:
     "column",  # a Linear's output features
     "row",  # a Linear's input features; its output is a partial sum
-    "sequence",  # tokens of the activations between split Linears (Megatron's sequence parallel)
+    # Tokens of the activations between split Linears (Megatron's sequence parallel). On a module
+    # inside another so placed: computed whole, gathered in and cut out.
+    "sequence",
 ]
 DATA_WAYS: tuple[How, ...] = ("replicate", "shard_optimizer", "shard_gradients", "shard")
 

@@ -33,6 +33,13 @@ def verify(
     quick: Annotated[
         bool, typer.Option("--quick", help="With --all: the first family, nothing recomputed.")
     ] = False,
+    dry: Annotated[
+        bool,
+        typer.Option(
+            "--dry",
+            help="Start no ranks: count the step of one plan, of any size, on shapes alone.",
+        ),
+    ] = False,
     as_json: view.Json = False,
 ) -> None:
     """Run plans on this machine and compare with one device and with what was predicted.
@@ -53,6 +60,9 @@ def verify(
         raise UsageError("no plan to verify", remedy="name plan files, or use --all")
     if len(dtypes) > 1:
         raise UsageError(f"plan files are verified in one dtype, not {' and '.join(dtypes)}")
+    if dry:
+        _dry(paths, as_json=as_json)
+        return
     from toolkit.plan import verify as verification
 
     with view.progress(quiet=as_json) as bar:
@@ -68,6 +78,33 @@ def verify(
         render=lambda: Group(*(_verified(report) for report in reports)),
     )
     _refuse([report.strategy for report in reports if not report.holds])
+
+
+def _dry(paths: list[Path], *, as_json: bool) -> None:
+    from toolkit.plan import io
+    from toolkit.plan.verify import dry
+
+    if len(paths) > 1:
+        raise UsageError(f"--dry counts one plan, not {len(paths)}")
+    plan = io.load(paths[0])
+    with view.progress(quiet=as_json) as bar:
+        bar.add_task(f"count rank 0 of {plan.num_ranks:,}", total=None)
+        found = dry.dry_run(plan)
+    rows = [
+        [entry.kind, f"{entry.counted[0]}, {entry.counted[1]:,}",
+         f"{entry.predicted[0]}, {entry.predicted[1]:,}", _mark(entry.holds)]
+        for entry in found.traffic
+    ]  # fmt: skip
+    title = f"{found.strategy}: rank 0 of {found.num_ranks:,}, no communication, no values"
+    view.emit(
+        {**asdict(found), "holds": found.holds},
+        as_json=as_json,
+        render=lambda: Group(
+            view.table(title, ["calls and bytes", "counted>", "predicted>", ""], rows),
+            f"counted in {format_seconds(found.seconds)}, {format_bytes(found.process_bytes)} held",
+        ),
+    )
+    _refuse([] if found.holds else [found.strategy])
 
 
 def _everything(ranks: int, dtypes: list[str], *, quick: bool, as_json: bool) -> None:
