@@ -45,14 +45,3 @@ def check(
             calls = {kind: tuple(value) for kind, value in counted.items()}
             assert calls == predicted.get(position, {}), (about, rank)
     return found
-
-
-def peaks(plans: Sequence[Plan]) -> list[int]:
-    """Return the peak bytes of activations of a step under each plan, on one rank."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{index}.json" for index in range(len(plans))]
-        for plan, path in zip(plans, paths, strict=True):
-            io.save(plan, path)
-        out = Path(folder) / "out.json"
-        launch.run([str(HERE / "memory_ranks.py"), str(out), "0", *map(str, paths)], 1)
-        return [entry["peak"] for entry in json.loads(out.read_text())]

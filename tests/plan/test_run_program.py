@@ -96,3 +96,16 @@ def test_what_cannot_run_is_refused(tiny, two_ranks) -> None:
         Walk(replace(grid.plan(tiny, two_ranks, tensor=2), splits=twice), tiny.graph, two_ranks)
     with pytest.raises(UsageError, match=r"no operator runs in 'blocks\.9'"):
         Walk(replace(plan, recompute=("blocks.9",)), tiny.graph, two_ranks)
+
+
+def test_what_only_a_forward_reads_does_not_run_again(tiny, two_ranks) -> None:
+    """Of a recomputed block the linears that close its halves are left out, others are not."""
+    plan = co_shard.plan(tiny, two_ranks, parts=2)
+    backward = local.local(Walk(plan, tiny.graph, two_ranks), 0, 0).backward
+    runs = zip(backward.steps, backward.again, strict=True)
+    again = [step for step, twice in runs if twice and not isinstance(step, local.Call)]
+    linears = {name for name, _ in again if "blocks.0." in name and name.endswith(":linear")}
+    assert linears == {
+        f"blocks.0.{path}:linear"
+        for path in ("attention.query", "attention.key", "attention.value", "ffn.up")
+    }
