@@ -19,6 +19,7 @@ from toolkit.plan.subject import Subject
 
 # How operators are split over the inner axes.
 WHOLE, MEGATRON, TOKENS = "operators whole", "columns and rows", "columns, rows and tokens"
+REGIONS = "heads, features and vocabulary"
 SEARCHED, LEAN = "operators split by search", "operators split lean"
 
 
@@ -84,7 +85,13 @@ class Bench:
         if [axis.name for axis in stack.axes] != ["tensor"] or self._whole:
             return {}
         if stack not in self._given:
-            found = {MEGATRON: linears.columns_and_rows(stack), TOKENS: linears.tokens(stack)}
+            wanted = self.constraints.splits or ("columns", "searched")
+            found = {}
+            if "columns" in wanted:
+                found[MEGATRON] = linears.columns_and_rows(stack)
+                found[TOKENS] = linears.tokens(stack)
+            if "regions" in wanted:
+                found[REGIONS] = linears.heads_and_vocabulary(stack)
             self._given[stack] = {
                 split: stack.given(dims) for split, dims in found.items() if dims is not None
             }

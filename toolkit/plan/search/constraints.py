@@ -14,6 +14,11 @@ from toolkit.plan.plan import DATA_WAYS
 from toolkit.plan.program import select
 from toolkit.plan.search.schedules import SEARCHED
 
+# Plans of the library that are written beside what the search composes (extras.py).
+PLANS = ("co-shard", "interlaced", "3f1b", "dap")
+# How operators are split over context and tensor: Linears by columns and rows; the same with
+# attention however it is written, and the vocabulary (only when named); each as the search finds.
+SPLITS = ("columns", "regions", "searched")
 RECOMPUTE = ("none", "needed", "all")
 Sizes = int | list[int] | None
 
@@ -39,6 +44,8 @@ class Constraints:
     parameters: list[str] | None = None
     recompute: list[str] | None = None
     replicated: list[str] | None = None
+    splits: list[str] | None = None
+    plans: list[str] | None = None  # [] for none
     native: bool = False  # no splits of single operators, only what placements of modules say
     runnable: bool = True  # only what a rung of this version runs
 
@@ -47,11 +54,13 @@ class Constraints:
             ("schedule", self.schedules, SEARCHED),
             ("way of parameters", self.parameters, DATA_WAYS),
             ("recompute", self.recompute, RECOMPUTE),
+            ("way to split", self.splits, SPLITS),
+            ("plan", self.plans, PLANS),
         ):
             for name in given or []:
                 if name not in known:
                     raise unknown_name(what, name, known)
-            if given == []:
+            if given == [] and what != "plan":
                 raise UsageError(f"the constraints allow no {what} at all")
         for name in ("pipeline", "data", "context", "tensor", "microbatches", "microbatch_size"):
             sizes = getattr(self, name)

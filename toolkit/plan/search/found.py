@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from toolkit.cost.calibration import Calibration
 from toolkit.errors import InfeasibleError, UsageError
 from toolkit.hardware import Cluster
 from toolkit.hardware.scaled import scaled
-from toolkit.plan import predict
+from toolkit.plan import chain, predict
 from toolkit.plan.library import megatron, sequence_parallel
 from toolkit.plan.plan import Placement, Plan
 from toolkit.plan.search import write
 from toolkit.plan.search.bench import MEGATRON, TOKENS, WHOLE
 from toolkit.plan.search.constraints import Constraints
+from toolkit.plan.search.extras import Extras, Written
 from toolkit.plan.search.frontier import Candidate
 from toolkit.plan.search.outer import Outer, Progress
 from toolkit.plan.search.space import Ground
@@ -28,6 +30,8 @@ _FINALISTS = 4
 _GROUNDS_AGAIN = 2
 # Operators times ranks that are predicted one by one.
 _MOST_WRITTEN = 4096
+# Of a time limit, what the search composes itself has this share; the library's plans the rest.
+_COMPOSING = 0.6
 # Without a time limit.
 _FOR_EVER = 1e9
 
@@ -50,9 +54,9 @@ class Found:
     """
 
     plan: Plan
-    best: Candidate
-    frontier: tuple[Candidate, ...]
-    runner_up: Candidate | None
+    best: Candidate | Written
+    frontier: tuple[Candidate | Written, ...]
+    runner_up: Candidate | Written | None
     considered: int
     pruned: int
     seconds: float
@@ -82,37 +86,78 @@ def search(
     predict.check_fits(ranks, cluster)
     own = min(cluster.device(rank).memory_bytes for rank in range(ranks))
     limit = float(memory_limit_bytes) if memory_limit_bytes else float("inf")
-    outer = Outer(
-        subject=subject,
-        cluster=cluster,
-        num_ranks=ranks,
-        limit_bytes=limit,
-        constraints=constraints or Constraints(),
-        calibration=calibration,
-        deadline=began + (time_limit_s or _FOR_EVER),
-        progress=progress,
+    limit_s = time_limit_s or _FOR_EVER
+    deadline = began + limit_s
+    rules = constraints or Constraints()
+    outer = None
+    if _runs_once(subject):
+        outer = Outer(
+            subject=subject,
+            cluster=cluster,
+            num_ranks=ranks,
+            limit_bytes=limit,
+            constraints=rules,
+            calibration=calibration,
+            deadline=deadline if rules.plans == [] else began + _COMPOSING * limit_s,
+            progress=progress,
+        )
+        outer.run()
+    extras = Extras(
+        subject, cluster, ranks, min(limit, own), rules, calibration, deadline, progress, outer
     )
-    outer.run()
-    if outer.frontier.best is None:
-        raise _infeasible(outer, min(limit, own))
-    plan, best = _finalist(outer, min(limit, own))
-    others = [one for one in outer.frontier.fastest if one is not best]
-    changes = (*_more_memory(outer, best), *_more_bandwidth(outer, best))
-    members = outer.frontier.members
+    others: list[Candidate | Written] = list(extras.run())
+    plan, best, changes = _best(outer, extras, min(limit, own))
+    if outer is not None:
+        others += [*outer.frontier.fastest, *outer.frontier.members]
+    others = [one for one in {id(one): one for one in others}.values() if one is not best]
+    others.sort(key=lambda one: one.step_s)
+    members = _members([best, *others])
     considered = [one.alternative() for one in (*others[:1], *members) if one is not best]
     plan = replace(plan, considered=tuple(dict.fromkeys(considered)))
     return Found(
         plan=plan,
         best=best,
-        frontier=tuple(members),
+        frontier=members,
         runner_up=others[0] if others else None,
-        considered=outer.considered,
-        pruned=outer.pruned,
+        considered=extras.considered + (outer.considered if outer else 0),
+        pruned=outer.pruned if outer else 0,
         seconds=time.monotonic() - began,
-        complete=not outer.stopped,
+        complete=not (extras.stopped or (outer is not None and outer.stopped)),
         binding=_binding(best, min(limit, own), changes),
         changes=changes,
     )
+
+
+def _runs_once(subject: Subject) -> bool:
+    """Whether the search can lay out the model: no block runs twice."""
+    paths = [one.path for one in chain.segments(subject.graph) if one.path is not None]
+    return len(paths) == len(set(paths))
+
+
+def _best(
+    outer: Outer | None, extras: Extras, limit: float
+) -> tuple[Plan, Candidate | Written, tuple[Change, ...]]:
+    """Return the fastest plan as predicted. Raises InfeasibleError when there is none."""
+    written = extras.found[0] if extras.found else None
+    if outer is None or outer.frontier.best is None:
+        if written is None:
+            raise _nothing(extras, limit) if outer is None else _infeasible(outer, limit)
+        return written.plan, written, ()
+    plan, best = _finalist(outer, limit)
+    changes = (*_more_memory(outer, best), *_more_bandwidth(outer, best))
+    assert plan.prediction is not None
+    if written is not None and written.step_s < plan.prediction.step_s:
+        return written.plan, written, changes
+    return plan, best, changes
+
+
+def _members(candidates: Sequence[Candidate | Written]) -> tuple[Candidate | Written, ...]:
+    """Those that no other is as fast and as small as, the fastest first."""
+    found: list[Candidate | Written] = []
+    for one in sorted(candidates, key=lambda one: (one.step_s, one.peak_bytes)):
+        if not found or one.peak_bytes < found[-1].peak_bytes:
+            found.append(one)
+    return tuple(found)
 
 
 def written(candidate: Candidate, outer: Outer) -> Plan:
@@ -187,7 +232,7 @@ def _again(outer: Outer, other: Outer) -> Candidate | None:
     return other.frontier.best
 
 
-def _binding(best: Candidate, limit: float, changes: tuple[Change, ...]) -> str:
+def _binding(best: Candidate | Written, limit: float, changes: tuple[Change, ...]) -> str:
     parts = []
     for change in changes:
         gain = 1 - change.step_s / best.step_s
@@ -197,6 +242,23 @@ def _binding(best: Candidate, limit: float, changes: tuple[Change, ...]) -> str:
         parts.append("arithmetic")
     full = best.peak_bytes / limit
     return f"{', '.join(parts)}; memory is {full:.0%} full"
+
+
+def _nothing(extras: Extras, limit: float) -> InfeasibleError:
+    """What to say of a model that only the library's plans are for."""
+    where = f"{extras.subject.model} on {extras.num_ranks} devices of {extras.cluster.name}"
+    if extras.unfit:
+        nearest = min(extras.unfit, key=lambda one: one.peak_bytes)
+        return InfeasibleError(
+            f"no plan of {where} fits {format_bytes(limit)} each; the nearest "
+            f"({nearest.description}) needs {format_bytes(nearest.peak_bytes)}",
+            remedy="use more devices, a smaller batch, or loosen the constraints",
+        )
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in extras.refused.items())
+    return InfeasibleError(
+        f"no plan of {where}, whose blocks run several times: {reasons or 'none is allowed'}",
+        remedy="use another batch or number of ranks, or loosen the constraints",
+    )
 
 
 def _infeasible(outer: Outer, limit: float) -> InfeasibleError:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from toolkit.errors import InfeasibleError
+from toolkit.errors import InfeasibleError, UsageError
 from toolkit.ir.graph import Op
 from toolkit.plan import chain, sequence, transform
+from toolkit.plan.program import regions as program
+from toolkit.plan.program import rules, select
 from toolkit.plan.search.block import Segment
 from toolkit.plan.search.choice import Dims
 from toolkit.plan.search.layouts import R, V, Way
@@ -44,6 +46,40 @@ def tokens(stack: Stack) -> dict[str, Dims] | None:
                 return None
             dims[op.name] = way.dims
     return dims
+
+
+def heads_and_vocabulary(stack: Stack) -> dict[str, Dims] | None:
+    """Return what splits all of a block's heads and features, however attention is written, and
+    the vocabulary: rows of tables, outputs of the head, and by tokens what follows it.
+    """
+    graph, degree = stack.graph, stack.axes[0].size
+    try:
+        found = program.dims(graph, degree, "a tensor degree of")
+    except (InfeasibleError, UsageError):
+        return None
+    annotations = {op.name: rules.annotation(op, graph) for op in graph.ops}
+    active = [op for segment in stack.segments.values() for op in segment.active]
+    outside = {item.kind for item in stack.outline.items if item.path is None}
+    around = {op.name for kind in outside for op in stack.segments[kind].active}
+    rows = 0
+    for op in active:
+        if op.kind == "aten.embedding" and op.name in around:
+            table = graph.tensors[op.inputs[0]]
+            if table.role == "parameter" and table.shape[0] % degree == 0:
+                rows = max(rows, table.shape[0])
+                found[op.name] = annotations[op.name].inputs[0][0][0]
+    heads = [
+        op.name
+        for op in active
+        if op.kind == "aten.linear"
+        and op.name in around
+        and graph.tensors[op.inputs[1]].shape[0] == rows
+    ]
+    for name, dim in select.flow(graph, lambda op: annotations[op.name], heads, 1).items():
+        if name in around and annotations[name].sizes[dim] % degree == 0:
+            found.setdefault(name, dim)
+    found.update(dict.fromkeys(heads, "n"))
+    return {op.name: (found[op.name],) for op in active if op.name in found}
 
 
 def _regions(stack: Stack) -> tuple[Region, ...] | None:

@@ -18,6 +18,7 @@ from toolkit.hardware import Device
 from toolkit.ir import backward, formulas
 from toolkit.ir.graph import Op, OpGraph, Tensor
 from toolkit.plan.predict.alive import is_put_off
+from toolkit.plan.predict.costs import _done as done
 from toolkit.plan.search.layouts import Axis, Layout, Way, local_shape, share
 
 _ENTRY = "entry"
@@ -90,17 +91,21 @@ class Parts:
 
     def _priced(self, op: Op, way: Way) -> Part:
         local = self.graph if way.replicated else self._local(op, way)
-        forward_s = self._seconds((formulas.work(op, local),))
-        backward_s = self._seconds(backward.work(op, local, kernels=self.kernels))
+        forward_s = self._seconds((done(op, local, formulas.work(op, local)),))
+        backward_s = self._backward_s(op, local)
         weight_s = 0.0
         if backward_s and is_put_off(op, local):
             weight = formulas.tensor_of(op, local, "weight")
             frozen = _with(local, {weight.name: replace(weight, requires_grad=False)})
-            weight_s = backward_s - self._seconds(backward.work(op, frozen, kernels=self.kernels))
+            weight_s = backward_s - self._backward_s(op, frozen)
         kept: tuple[tuple[str, int], ...] = ()
         if op.name in local.differentiated:
             kept = tuple(backward.kept(op, local, kernels=self.kernels))
         return Part(forward_s, backward_s, max(0.0, weight_s), kept)
+
+    def _backward_s(self, op: Op, graph: OpGraph) -> float:
+        works = backward.work(op, graph, kernels=self.kernels)
+        return self._seconds([done(op, graph, work) for work in works])
 
     def _seconds(self, works: Sequence[Work]) -> float:
         return sum(

@@ -21,7 +21,7 @@ from toolkit.hardware import Cluster
 from toolkit.plan.plan import DATA_WAYS, How
 from toolkit.plan.search import schedules
 from toolkit.plan.search.arrange import Arrangement, Arranger, Recompute, held_factor
-from toolkit.plan.search.bench import LEAN, SEARCHED, TOKENS, WHOLE, Bench
+from toolkit.plan.search.bench import LEAN, REGIONS, SEARCHED, TOKENS, WHOLE, Bench
 from toolkit.plan.search.choice import Weights
 from toolkit.plan.search.constraints import Constraints
 from toolkit.plan.search.estimate import Estimate, Estimator
@@ -74,6 +74,7 @@ class Outer:
     considered: int = 0
     pruned: int = 0
     stopped: bool = False
+    squeezed: bool = False  # memory made something slower, or ruled it out
     nearest: Unfit | None = None
     shared: Bench | None = None
 
@@ -100,7 +101,7 @@ class Outer:
         it waits again with the bound that their communication gives.
         """
         waiting = [
-            (*self._bound(ground), ground.mesh.inner, ground, False)
+            (*self.bound(ground), ground.mesh.inner, ground, False)
             for ground in self.space.grounds()
             if self._worth(ground)
         ]
@@ -169,7 +170,7 @@ class Outer:
             f"{ground.mesh}, microbatches of {ground.num_samples}", best.step_s if best else None
         )
 
-    def _bound(self, ground: Ground) -> tuple[float, float]:
+    def bound(self, ground: Ground) -> tuple[float, float]:
         """No plan on this ground is faster, or holds less: its work without any communication,
         spread evenly, with the pipeline's filling; its parameters, spread as far as may be.
         """
@@ -249,6 +250,11 @@ class Outer:
                 for mode in modes:
                     self._layout(site, ground, mode, far, *one)
 
+    @property
+    def _searches_splits(self) -> bool:
+        wanted = self.constraints.splits
+        return not self.constraints.native and (wanted is None or "searched" in wanted)
+
     def _usual(self, ground: Ground) -> Iterator[tuple[str, Layouts, Stack]]:
         """Yield the layouts to try first: Linears by columns and rows, and the fastest."""
         stack = self.bench.stack(ground)
@@ -257,7 +263,7 @@ class Outer:
             return
         for split, layouts in self.bench.linears(stack).items():
             yield split, layouts, stack
-        if not self.constraints.native:
+        if self._searches_splits:
             weights = Weights(_bucket(ground.microbatches))
             fastest = stack.fastest(weights, time_limit_s=_BLOCK_LIMIT_S)
             if fastest.splits_anything:
@@ -266,7 +272,7 @@ class Outer:
     def _lean(self, ground: Ground) -> Iterator[tuple[str, Layouts, Stack]]:
         """Yield layouts that hold less, where the others did not fit, and may still be best."""
         stack = self.bench.stack(ground)
-        if not stack.axes or self.constraints.native:
+        if not stack.axes or not self._searches_splits:
             return
         weights = Weights(_bucket(ground.microbatches))
         for room in (0.0, 0.5):
@@ -311,7 +317,7 @@ class Outer:
         """Whether the own executor runs this (lower/ladder.py): operators split one by one, or
         stages that several ranks split.
         """
-        return split in (SEARCHED, LEAN) or (mesh.inner > 1 and mesh.pipeline > 1)
+        return split in (SEARCHED, LEAN, REGIONS) or (mesh.inner > 1 and mesh.pipeline > 1)
 
     def _runs(self, split: str, mesh: Mesh, halves: bool) -> bool:
         """Whether some rung runs this: the own executor has whole backwards alone, and tokens
@@ -348,11 +354,13 @@ class Outer:
                 sum(self._is_block(i) for s in found.stretches for i in range(s.begin, s.again)),
                 found.stretches, found.positions, estimate, stack, layouts,
             )  # fmt: skip
+            self.squeezed |= mode == "needed" and candidate.recomputed > 0
             if self._fits(candidate, arranger.estimator.site):
                 self.frontier.add(candidate)
                 return True
             # The bounds inside were not tight enough: aim lower by as much as it was over.
             limit *= min(0.98, self.limit_bytes / candidate.peak_bytes)
+        self.squeezed = True
         self._note_unfit(ground, arranger, family, way, split, layouts, stack)
         return False
 
