@@ -181,7 +181,7 @@ def show(found: dict[str, Any]) -> None:
             spread = f"{statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f})"
         table.add_row(name, format_bytes(peak), f"{peaks[_KEEP] / peak:.2f}x",
                       f"{peaks[_LAYERS] / peak:.2f}x", took, spread)  # fmt: skip
-    Console(highlight=False).print(table)
+    Console(highlight=False, width=100).print(table)
 
 
 def main() -> None:
