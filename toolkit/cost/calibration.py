@@ -80,25 +80,41 @@ class ClassFit:
 
 
 @dataclass(frozen=True)
+class Operator:
+    """What sets an operator apart from its class: seconds = factor * the class's + overhead_s."""
+
+    factor: float = 1.0
+    overhead_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """Coefficients fitted on a device. Classes that were not measured keep their defaults."""
+    """Coefficients fitted on a device. Classes that were not measured keep their defaults.
+
+    `operators` go by name, such as "aten.gelu" or "aten.gelu backward"; others are as their class.
+    """
 
     device: str
     classes: Mapping[OpClass, ClassFit] = field(hash=False)
     notes: tuple[str, ...] = ()
+    operators: Mapping[str, Operator] = field(default_factory=dict, hash=False)
 
     def coefficients(self, op_class: OpClass, device: Device) -> Coefficients | None:
         """Return the fitted coefficients of a class, or None when it keeps its defaults.
 
         Raises UsageError when `device` is not the one measured (or a slice of it, "this/2").
         """
-        if device.name.split("/")[0] != self.device:
+        if self.device not in (device.name, device.name.split("/")[0]):
             raise UsageError(
                 f"the calibration was measured on {self.device}, not on {device.name}",
                 remedy=f"calibrate {device.name}, or plan without a calibration",
             )
         fit_ = self.classes.get(op_class)
         return fit_.coefficients if fit_ else None
+
+    def operator(self, name: str) -> Operator:
+        """Return what was found of an operator; of one not measured, that it is as its class."""
+        return self.operators.get(name, Operator())
 
     def save(self, path: Path) -> str:
         """Write the calibration as a record; return its digest."""
@@ -110,7 +126,8 @@ class Calibration:
         body = record.read(path, kind=KIND, version=VERSION)["body"]
         try:
             classes = {_op_class(name): _class_fit(row) for name, row in body["classes"].items()}
-            return cls(str(body["device"]), classes, tuple(body["notes"]))
+            operators = {name: Operator(**row) for name, row in body.get("operators", {}).items()}
+            return cls(str(body["device"]), classes, tuple(body["notes"]), operators)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"{path} is not a whole calibration: {error!r}") from error
 

@@ -6,7 +6,8 @@ at other sizes is right, and that every way of splitting an operator is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +29,16 @@ def call(
     op: Op, tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Argument] | None = None
 ) -> tuple[torch.Tensor, ...]:
     """Run `op` on `tensors` (by name), with other `arguments` where given; return its outputs."""
-    target = overload(op.target)
+    target, args, kwargs = bound(op, tensors, arguments)
+    with context(op):
+        result = target(*args, **kwargs)
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
+def bound(
+    op: Op, tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Argument] | None = None
+) -> tuple[Any, list[Any], dict[str, Any]]:
+    """Return torch's operator for `op`, and its positional and keyword arguments."""
     given = list((arguments or op.arguments).items())
     # Where a graph runs is not part of it: on the tensors' device.
     here = next((tensors[name].device for name in op.inputs), torch.device("cpu"))
@@ -37,13 +47,18 @@ def call(
     kwargs = {name: v for (name, _), v in zip(given, values, strict=True)}
     for name, _ in given[: op.num_positional]:
         del kwargs[name]
+    return overload(op.target), args, kwargs
+
+
+@contextlib.contextmanager
+def context(op: Op) -> Iterator[None]:
+    """Compute gradients, and in which type, as `op` did where it was traced."""
     dtype = getattr(torch, op.autocast) if op.autocast else None
     with (
         torch.set_grad_enabled(torch.is_grad_enabled() and op.grad_enabled),
         torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
     ):
-        result = target(*args, **kwargs)
-    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+        yield
 
 
 def run(graph: OpGraph, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -53,19 +68,19 @@ def run(graph: OpGraph, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tens
                and t.name not in held and graph.consumers[t.name]]  # fmt: skip
     if missing:
         raise UsageError(f"{graph.name} needs the tensors {', '.join(missing)}")
-    last = {name: op.name for op in graph.ops for name in (*op.inputs, *_rewritten(op).values())}
+    last = {name: op.name for op in graph.ops for name in (*op.inputs, *rewritten(op).values())}
     for op in graph.ops:
-        rewritten = _rewritten(op)
+        anew = rewritten(op)
         made = iter(call(op, held))
         for name in op.outputs:
-            held[name] = held[rewritten[name]] if name in rewritten else next(made)
-        for name in {*op.inputs, *rewritten.values()}:
+            held[name] = held[anew[name]] if name in anew else next(made)
+        for name in {*op.inputs, *anew.values()}:
             if last[name] == op.name and name not in graph.outputs:
                 del held[name]
     return tuple(held[name] for name in graph.outputs)
 
 
-def _rewritten(op: Op) -> dict[str, str]:
+def rewritten(op: Op) -> dict[str, str]:
     """What an in-place operator names anew: `op@old` is `old`, whose memory it wrote."""
     return {name: name.partition("@")[2] for name in op.outputs if "@" in name}
 

@@ -24,6 +24,8 @@ Stream = Literal["compute", "network", "fabric", "peer"]
 # AdamW reads parameter, gradient and both moments, writes all but the gradient, and does about
 # 12 FLOPs an element (Loshchilov and Hutter 2019, algorithm 2).
 _ADAMW_FLOPS, _ADAMW_READS, _ADAMW_WRITES = 12, 4, 3
+# What a calibration calls the update.
+UPDATE = "AdamW"
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,19 @@ class Costs:
 
     def forward_s(self, op: Op, graph: OpGraph, position: int) -> float:
         """Seconds of an operator's forward at a position."""
-        return self.seconds(_done(op, graph, formulas.work(op, graph)), position)
+        return self._operator_s(op.kind, forward(op, graph), position)
 
     def backward_s(self, op: Op, graph: OpGraph, position: int) -> float:
         """Seconds of all that an operator's backward computes."""
-        works = backward.work(op, graph, kernels=self.kernels)
-        return sum(self.seconds(_done(op, graph, work), position) for work in works)
+        works = backward_works(op, graph, self.kernels)
+        return self._operator_s(f"{op.kind} backward", works, position) if works else 0.0
+
+    def _operator_s(self, name: str, works: Sequence[Work], position: int) -> float:
+        seconds = sum(self.seconds(work, position) for work in works)
+        if self.calibration is None:
+            return seconds
+        found = self.calibration.operator(name)
+        return found.factor * seconds + found.overhead_s
 
     def group(self, axes: Sequence[AxisName], position: int) -> tuple[int, ...]:
         """Return the ranks that a rank at `position` communicates with along `axes`."""
@@ -127,20 +136,36 @@ class Costs:
 
     def update_s(self, parameter_bytes: float, position: int) -> float:
         """Seconds of the AdamW update of that many bytes of parameters."""
-        item = item_bytes(self.plan.provenance.dtype)
-        work = Work(
-            "elementwise",
-            flops=_ADAMW_FLOPS * parameter_bytes / item,
-            read_bytes=_ADAMW_READS * parameter_bytes,
-            write_bytes=_ADAMW_WRITES * parameter_bytes,
-            dtype=self.plan.provenance.dtype,
-        )
-        return self.seconds(work, position)
+        if not parameter_bytes:
+            return 0.0
+        work = update(parameter_bytes, self.plan.provenance.dtype)
+        return self._operator_s(UPDATE, (work,), position)
 
 
 def kernels(cluster: Cluster) -> backward.Kernels:
     """Return whose kernels run: they decide what backward keeps and computes again."""
     return "cpu" if cluster.device(0).kind == "cpu" else "cuda"
+
+
+def forward(op: Op, graph: OpGraph) -> tuple[Work, ...]:
+    """Return what is done in an operator's forward."""
+    return (_done(op, graph, formulas.work(op, graph)),)
+
+
+def backward_works(op: Op, graph: OpGraph, kernels: backward.Kernels) -> tuple[Work, ...]:
+    """Return what is done in an operator's backward."""
+    return tuple(_done(op, graph, work) for work in backward.work(op, graph, kernels=kernels))
+
+
+def update(parameter_bytes: float, dtype: str) -> Work:
+    """Return the AdamW update of that many bytes of parameters."""
+    return Work(
+        "elementwise",
+        flops=_ADAMW_FLOPS * parameter_bytes / item_bytes(dtype),
+        read_bytes=_ADAMW_READS * parameter_bytes,
+        write_bytes=_ADAMW_WRITES * parameter_bytes,
+        dtype=dtype,
+    )
 
 
 def _done(op: Op, graph: OpGraph, work: Work) -> Work:

@@ -1,0 +1,87 @@
+"""From what operators took to a Calibration: a line a class, then a factor for each operator.
+
+The seconds of a backward that does several pieces of work (two products and a bias's sum) are
+divided among them as they are predicted, the classes fitted, and divided again. What an operator
+then takes beside its class's prediction is its factor: total seconds measured over predicted, so
+that long operators weigh by their length.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from toolkit.cost import calibration as fitting
+from toolkit.cost import roofline
+from toolkit.cost.calibration import Calibration, Measurement, Operator
+from toolkit.cost.work import Work
+from toolkit.hardware import Device
+
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Observation:
+    """`seconds` that an operator took for all of `works`. Names are those of a Calibration."""
+
+    name: str
+    works: tuple[Work, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Observation:
+        works = tuple(Work(**work) for work in row["works"])
+        return cls(str(row["name"]), works, float(row["seconds"]))
+
+    @property
+    def is_view(self) -> bool:
+        return all(work.op_class == "view" for work in self.works)
+
+
+def calibration(observations: Sequence[Observation], device: Device) -> Calibration:
+    """Fit `device`'s classes and operators. Raises UsageError when there is too little to fit."""
+    found: Calibration | None = None
+    for _ in range(_ROUNDS):
+        measured = [
+            one
+            for observation in observations
+            if not observation.is_view
+            for one in _divided(observation, device, found)
+        ]
+        found = fitting.fit(measured, device)
+    assert found is not None
+    return replace(found, operators=_operators(observations, device, found))
+
+
+def _divided(
+    observation: Observation, device: Device, so_far: Calibration | None
+) -> Iterator[Measurement]:
+    predicted = [roofline.seconds(work, device, calibration=so_far) for work in observation.works]
+    for work, seconds in zip(observation.works, predicted, strict=True):
+        part = observation.seconds * seconds / sum(predicted)
+        if part > 0:
+            yield Measurement(work, part)
+
+
+def _operators(
+    observations: Sequence[Observation], device: Device, found: Calibration
+) -> dict[str, Operator]:
+    groups: defaultdict[str, list[Observation]] = defaultdict(list)
+    for observation in observations:
+        groups[observation.name].append(observation)
+    return {name: _operator(group, device, found) for name, group in sorted(groups.items())}
+
+
+def _operator(group: Sequence[Observation], device: Device, found: Calibration) -> Operator:
+    predicted_s = sum(
+        roofline.seconds(work, device, calibration=found) for one in group for work in one.works
+    )
+    measured_s = sum(one.seconds for one in group)
+    if predicted_s > 0:
+        return Operator(factor=measured_s / predicted_s)
+    return Operator(overhead_s=measured_s / len(group))  # views: no data move, but a call is made
