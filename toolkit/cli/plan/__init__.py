@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from toolkit.cli.plan import make, read, search, verify, write
+from toolkit.cli.plan import calibrate, make, read, search, verify, write
 
 app = typer.Typer(
     help="Plan how a model is trained over many devices.",
@@ -21,6 +21,7 @@ for command in (
     read.diff,
     read.simulate,
     verify.verify,
+    calibrate.calibrate,
     write.export,
 ):
     app.command()(command)

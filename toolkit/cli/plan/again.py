@@ -10,6 +10,7 @@ import typer
 from toolkit.cli import view
 
 if TYPE_CHECKING:
+    from toolkit.cost.calibration import Calibration
     from toolkit.hardware import Cluster
     from toolkit.plan.plan import Plan
     from toolkit.plan.predict.simulate import Run
@@ -21,6 +22,18 @@ ClusterName = Annotated[
     str | None,
     typer.Option("--cluster", help="Predict on this cluster instead of the plan's own."),
 ]
+
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option("--calibration", help="Predict with this file of `toolkit plan calibrate`."),
+]
+
+
+def calibration(path: Path | None) -> Calibration | None:
+    """Read a calibration, if one is named."""
+    from toolkit.cost.calibration import Calibration
+
+    return Calibration.load(path) if path is not None else None
 
 
 def trace(plan: Plan, cluster: str | None, *, quiet: bool) -> tuple[Subject, Cluster]:
@@ -37,11 +50,14 @@ def trace(plan: Plan, cluster: str | None, *, quiet: bool) -> tuple[Subject, Clu
     return traced, where
 
 
-def simulate(plan: Plan, cluster: str | None, *, quiet: bool) -> Run:
+def simulate(
+    plan: Plan, cluster: str | None, calibrated: Path | None = None, *, quiet: bool
+) -> Run:
     """Return one simulated step of the plan."""
     from toolkit.plan import predict
 
-    return predict.simulated(plan, *trace(plan, cluster, quiet=quiet))
+    measured = calibration(calibrated)
+    return predict.simulated(plan, *trace(plan, cluster, quiet=quiet), calibration=measured)
 
 
 def timeline(run: Run, plan: Plan) -> Timeline:

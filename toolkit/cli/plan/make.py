@@ -46,6 +46,7 @@ def make(
     memory: Annotated[
         str | None, typer.Option(help="Limit a rank's memory, e.g. 4GiB; default: the device's.")
     ] = None,
+    calibration: again.CalibrationFile = None,
     timeline: Annotated[
         Path | None, typer.Option(help="Also write the predicted step as a timeline.")
     ] = None,
@@ -75,6 +76,7 @@ def make(
         "microbatches": microbatches,
         "recompute": recompute,
         "memory_limit_bytes": parse_bytes(memory) if memory else None,
+        "calibration": again.calibration(calibration),
     }
     with view.progress(quiet=as_json) as bar:
         task = bar.add_task(f"trace {model}", total=None)
@@ -89,7 +91,12 @@ def make(
             plan = planner.make(traced, where, strategy, **{**options, **degrees})
     digest = io.save(plan, output)
     if timeline is not None:
-        files.save(again.timeline(predict.simulated(plan, traced, where), plan), timeline)
+        files.save(
+            again.timeline(
+                predict.simulated(plan, traced, where, calibration=options["calibration"]), plan
+            ),
+            timeline,
+        )
     view.emit(
         {"path": str(output), "digest": digest, "plan": io.to_body(plan)},
         as_json=as_json,

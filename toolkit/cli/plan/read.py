@@ -11,7 +11,7 @@ from rich.console import Group
 
 from toolkit.cli import view
 from toolkit.cli.plan import again, picture
-from toolkit.cli.plan.again import ClusterName, PlanFile
+from toolkit.cli.plan.again import CalibrationFile, ClusterName, PlanFile
 from toolkit.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -62,7 +62,12 @@ def show(path: PlanFile, cluster: ClusterName = None, as_json: view.Json = False
     )
 
 
-def explain(path: PlanFile, cluster: ClusterName = None, as_json: view.Json = False) -> None:
+def explain(
+    path: PlanFile,
+    cluster: ClusterName = None,
+    calibration: CalibrationFile = None,
+    as_json: view.Json = False,
+) -> None:
     """Say why a plan is what it is: what binds, what was next best, what would help.
 
     Example: toolkit plan explain plan.json
@@ -71,7 +76,9 @@ def explain(path: PlanFile, cluster: ClusterName = None, as_json: view.Json = Fa
     from toolkit.plan import io
 
     plan = io.load(path)
-    found = explaining.explain(plan, *again.trace(plan, cluster, quiet=as_json))
+    measured = again.calibration(calibration)
+    traced, where = again.trace(plan, cluster, quiet=as_json)
+    found = explaining.explain(plan, traced, where, calibration=measured)
     view.emit(asdict(found), as_json=as_json, render=lambda: Group(*_explained(plan, found)))
 
 
@@ -156,6 +163,7 @@ def simulate(
         Path, typer.Option("--output", "-o", help="The timeline file to write.")
     ] = Path("timeline.json"),
     cluster: ClusterName = None,
+    calibration: CalibrationFile = None,
     as_json: view.Json = False,
 ) -> None:
     """Simulate one step of a plan and write its predicted timeline.
@@ -166,7 +174,7 @@ def simulate(
     from toolkit.timeline import files
 
     plan = io.load(path)
-    run = again.simulate(plan, cluster, quiet=as_json)
+    run = again.simulate(plan, cluster, calibration, quiet=as_json)
     made = again.timeline(run, plan)
     files.save(made, output)
     facts = {

@@ -43,6 +43,7 @@ def search(
     constraints: Annotated[
         Path | None, typer.Option(help="A .toml or .json file of what is ruled out or asked for.")
     ] = None,
+    calibration: again.CalibrationFile = None,
     timeline: Annotated[
         Path | None, typer.Option(help="Also write the predicted step as a timeline.")
     ] = None,
@@ -63,6 +64,7 @@ def search(
 
     where = find_cluster(cluster)
     given = rules.load(constraints) if constraints else None
+    measured = again.calibration(calibration)
     with view.progress(quiet=as_json) as bar:
         task = bar.add_task(f"trace {model}", total=None)
         if model.endswith(".json"):
@@ -81,11 +83,12 @@ def search(
             memory_limit_bytes=parse_bytes(memory) if memory else None,
             time_limit_s=time_limit,
             constraints=given,
+            calibration=measured,
             progress=progress,
         )
     digest = io.save(found.plan, output)
     if timeline is not None:
-        run = predict.simulated(found.plan, traced, where)
+        run = predict.simulated(found.plan, traced, where, calibration=measured)
         files.save(again.timeline(run, found.plan), timeline)
     facts = {
         "path": str(output),
