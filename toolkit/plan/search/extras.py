@@ -118,12 +118,12 @@ class Extras:
             for ground in grounds
             if ground.mesh.inner == 1 < ground.mesh.pipeline <= ground.microbatches <= _MOST_ORDERED
         ]
-        if self._allows("dap"):
-            for ground in _few(splits, lambda g: g.mesh):
-                self._with_recompute(self._dap(ground))
+        wishes = [self._dap(one) for one in _few(splits, lambda g: g.mesh) if self._allows("dap")]
         if self._allows("3f1b") and self._orders("3f1b"):
-            for ground in _few(pipelines, lambda g: g.mesh):
-                self._with_recompute(self._three_f_one_b(ground))
+            # After plain data parallelism, before what asks more of predictions.
+            wishes[1:1] = [self._three_f_one_b(one) for one in _few(pipelines, lambda g: g.mesh)]
+        for wish in wishes:
+            self._with_recompute(wish)
 
     def _dap(self, ground: Ground) -> Callable[[bool], _Wish]:
         mesh = ground.mesh
