@@ -32,12 +32,14 @@ if TYPE_CHECKING:
 MODELS: dict[str, tuple[str, dict[str, int], list[dict[str, int]]]] = {
     "gpt": (
         "gpt-mini", {"batch": 8, "tokens": 128},
-        [{"batch": 1, "tokens": 192}, {"batch": 3, "tokens": 96}, {"batch": 2, "tokens": 256}],
+        [{"batch": 1, "tokens": 32}, {"batch": 1, "tokens": 192}, {"batch": 3, "tokens": 96},
+         {"batch": 2, "tokens": 256}],
     ),
     "swin": ("small_models:swin", {"batch": 8}, [{"batch": 1}, {"batch": 3}]),
     "evoformer": (
         "small_models:evoformer", {"batch": 4},
-        [{"batch": 1, "tokens": 40, "sequences": 20}, {"batch": 2, "tokens": 32, "sequences": 32}],
+        [{"batch": 1, "tokens": 16, "sequences": 8}, {"batch": 1, "tokens": 40, "sequences": 20},
+         {"batch": 2, "tokens": 32, "sequences": 32}],
     ),
 }  # fmt: skip
 # The first that a strategy can use.
@@ -51,7 +53,12 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", help="default: all of the library")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--calibration", type=Path, help="use this one instead of profiling")
+    parser.add_argument(
+        "--calibrations",
+        type=Path,
+        metavar="OUTPUT",
+        help="use those kept beside this earlier output instead of profiling",
+    )
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     from rich.console import Console
@@ -64,14 +71,16 @@ def main() -> None:
     if not cluster.device(0).measured:
         console.print("this machine is not probed: run `toolkit hardware probe` first")
         sys.exit(2)
+    if options.calibrations:
+        calibrations = {
+            model: Calibration.load(calibration_path(options.calibrations, model))
+            for model in options.models
+        }
+    else:
+        calibrations = profiled(options.models, cluster, options.output)
     rows: list[dict[str, Any]] = []
     for model in options.models:
-        if options.calibration:
-            calibration = Calibration.load(options.calibration)
-        else:
-            console.print(f"profiling {model}")
-            calibration = profiled(model, cluster, options.output)
-        plans = made(model, cluster, calibration, options.strategies)
+        plans = made(model, cluster, calibrations[model], options.strategies)
         rows += compare(model, plans, options.ranks, options.steps)
     show(console, rows)
     if options.output:
@@ -80,15 +89,32 @@ def main() -> None:
         record.write(options.output, kind="plan-time", version=1, body={"rows": rows})
 
 
-def profiled(model: str, cluster: Cluster, output: Path | None) -> Calibration:
-    """Return the calibration of a model's operators; it is kept beside the output."""
+def profiled(models: list[str], cluster: Cluster, output: Path | None) -> dict[str, Calibration]:
+    """Return a calibration for each model, which is kept beside the output.
+
+    Classes are fitted to the operators of all models, and what sets an operator apart to its own.
+    """
     from toolkit.plan import profile
 
-    reference, _, samples = MODELS[model]
-    found = profile.calibrate([(reference, sizes) for sizes in samples], cluster)
-    if output:
-        found.save(output.with_name(f"{output.stem}-{model}-calibration.json"))
+    observations = {}
+    for model in models:
+        reference, _, samples = MODELS[model]
+        print(f"profiling {model}", flush=True)
+        observations[model] = profile.observe(
+            [(reference, sizes) for sizes in samples], cluster.num_devices
+        )
+    found = {}
+    for model, own in observations.items():
+        others = [one for name, them in observations.items() if name != model for one in them]
+        found[model] = profile.calibration(own, cluster.device(0), others=others)
+        if output:
+            found[model].save(calibration_path(output, model))
     return found
+
+
+def calibration_path(output: Path, model: str) -> Path:
+    """Return where a model's calibration is kept."""
+    return output.with_name(f"{output.stem}-{model}-calibration.json")
 
 
 def made(

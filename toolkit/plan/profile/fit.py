@@ -43,13 +43,19 @@ class Observation:
         return all(work.op_class == "view" for work in self.works)
 
 
-def calibration(observations: Sequence[Observation], device: Device) -> Calibration:
-    """Fit `device`'s classes and operators. Raises UsageError when there is too little to fit."""
+def calibration(
+    observations: Sequence[Observation], device: Device, *, others: Sequence[Observation] = ()
+) -> Calibration:
+    """Fit `device`'s classes and operators. Raises UsageError when there is too little to fit.
+
+    `others`, of other models, help to tell a class's coefficients apart; an operator's factor is
+    this model's alone.
+    """
     found: Calibration | None = None
     for _ in range(_ROUNDS):
         measured = [
             one
-            for observation in observations
+            for observation in (*observations, *others)
             if not observation.is_view
             for one in _divided(observation, device, found)
         ]
