@@ -98,10 +98,14 @@ def searched(traced: subject.Subject, devices: int, space: str, limit_s: float) 
         return {**cell, "infeasible": str(error), "search_s": time.monotonic() - began_s}
     prediction = found.plan.prediction
     assert prediction is not None
+    # The search's own estimate prices gathered tensors whole, a prediction does not everywhere.
+    step_s = max(prediction.step_s, found.best.step_s)
     return {
         **cell,
-        "step_s": prediction.step_s,
-        "mfu": prediction.mfu,
+        "step_s": step_s,
+        "predicted_step_s": prediction.step_s,
+        "estimated_step_s": found.best.step_s,
+        "mfu": prediction.mfu * prediction.step_s / step_s,
         "peak_bytes": prediction.peak_bytes,
         "plan": found.best.description,
         "strategy": found.plan.strategy,

@@ -190,14 +190,21 @@ def _placed(candidate: Candidate, subject: Subject) -> tuple[Placement, ...] | N
 
 
 def _finalist(outer: Outer, limit: float) -> tuple[Plan, Candidate]:
-    """Predict the fastest few in full; the best of those that fit, else the fastest estimated."""
+    """Predict the fastest few in full; the best of those that fit, else the fastest estimated.
+
+    Where operators are split, a prediction prices one that reads a tensor whole at the shape the
+    tensor is made in, a part: there the estimate is heeded, too.
+    """
     found: list[tuple[float, Plan, Candidate]] = []
     for candidate in outer.frontier.fastest[:_FINALISTS]:
         plan = written(candidate, outer)
         assert plan.prediction is not None
         plan = replace(plan, prediction=replace(plan.prediction, memory_limit_bytes=int(limit)))
         assert plan.prediction is not None
-        found.append((plan.prediction.step_s, plan, candidate))
+        step_s = plan.prediction.step_s
+        if candidate.split != WHOLE:
+            step_s = max(step_s, candidate.step_s)
+        found.append((step_s, plan, candidate))
     fitting = [one for one in found if one[1].prediction and one[1].prediction.fits]
     _, plan, best = min(fitting or found[:1], key=lambda one: one[0])
     return plan, best
