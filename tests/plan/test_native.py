@@ -27,6 +27,7 @@ def as_placed(plan: Plan, how) -> Plan:
     return replace(plan, strategy=f"{plan.strategy}, {how}", placements=placements)
 
 
+@pytest.mark.slow
 def test_ways_of_the_data_axis_over_tensor_and_over_replica(tiny, tmp_path: Path) -> None:
     cluster = find_cluster("cpux4")
     paths = []

@@ -15,6 +15,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _PAGE = _ROOT / "docs" / "howto" / "plan-and-train.md"
 
 
+@pytest.mark.slow
 def test_every_command_of_the_page_runs_in_order(tmp_path: Path) -> None:
     text = _PAGE.read_text()
     (code,) = re.findall(r"```python\n# mymodel.py\n(.*?)```", text, re.DOTALL)

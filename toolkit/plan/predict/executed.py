@@ -14,10 +14,10 @@ from toolkit.ir.graph import OpGraph, Tensor
 from toolkit.plan import chain
 from toolkit.plan.lower.program import local as executor
 from toolkit.plan.lower.program import reduce
+from toolkit.plan.lower.program.items import Item, Move
+from toolkit.plan.lower.program.items import Segment as Stretch
+from toolkit.plan.lower.program.items import Unit as Again
 from toolkit.plan.lower.program.local import Local
-from toolkit.plan.lower.program.script import Item, Move
-from toolkit.plan.lower.program.script import Segment as Stretch
-from toolkit.plan.lower.program.script import Unit as Again
 from toolkit.plan.lower.program.walk import Walk
 from toolkit.plan.plan import Plan
 from toolkit.plan.predict.alive import Alive, Life

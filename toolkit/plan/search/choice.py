@@ -28,6 +28,11 @@ class Weights:
     held: float = 4.0  # bytes at the peak for each byte of weights: gradient and moments too
     alive: float = 1.0  # microbatches whose activations are alive
 
+    @staticmethod
+    def near(microbatches: int) -> Weights:
+        """Return those of 1 or 8 microbatches: what comes once a step weighs as little."""
+        return Weights(1 if microbatches < 4 else 8)
+
 
 @dataclass(frozen=True)
 class Cost:

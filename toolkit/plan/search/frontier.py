@@ -65,6 +65,18 @@ class Candidate:
         return f"{format_seconds(self.step_s)}, {format_bytes(self.peak_bytes)}: {self.description}"
 
 
+@dataclass(frozen=True)
+class Unfit:
+    """A candidate that needs more memory than there is, with what it would take."""
+
+    candidate: Candidate
+    limit_bytes: float
+
+    @property
+    def over_bytes(self) -> float:
+        return self.candidate.peak_bytes - self.limit_bytes
+
+
 @dataclass
 class Frontier:
     """Keeps what no other candidate beats, and the fastest few."""

@@ -25,7 +25,7 @@ from toolkit.plan.search.bench import LEAN, REGIONS, SEARCHED, TOKENS, WHOLE, Be
 from toolkit.plan.search.choice import Weights
 from toolkit.plan.search.constraints import Constraints
 from toolkit.plan.search.estimate import Estimate, Estimator
-from toolkit.plan.search.frontier import Candidate, Frontier
+from toolkit.plan.search.frontier import Candidate, Frontier, Unfit
 from toolkit.plan.search.rows import Rows
 from toolkit.plan.search.site import Mesh, Site
 from toolkit.plan.search.space import MOST_SAMPLES, Ground, Space, divisors
@@ -44,18 +44,6 @@ _CLOSE = 1.2
 _BLOCK_LIMIT_S = 3.0
 
 Progress = Callable[[str, float | None], None]
-
-
-@dataclass(frozen=True)
-class Unfit:
-    """A candidate that needs more memory than there is, with what it would take."""
-
-    candidate: Candidate
-    limit_bytes: float
-
-    @property
-    def over_bytes(self) -> float:
-        return self.candidate.peak_bytes - self.limit_bytes
 
 
 @dataclass
@@ -264,7 +252,7 @@ class Outer:
         for split, layouts in self.bench.linears(stack).items():
             yield split, layouts, stack
         if self._searches_splits:
-            weights = Weights(_bucket(ground.microbatches))
+            weights = Weights.near(ground.microbatches)
             fastest = stack.fastest(weights, time_limit_s=_BLOCK_LIMIT_S)
             if fastest.splits_anything:
                 yield SEARCHED, fastest, stack
@@ -274,7 +262,7 @@ class Outer:
         stack = self.bench.stack(ground)
         if not stack.axes or not self._searches_splits:
             return
-        weights = Weights(_bucket(ground.microbatches))
+        weights = Weights.near(ground.microbatches)
         for room in (0.0, 0.5):
             found = stack.tightened(weights, room, time_limit_s=_BLOCK_LIMIT_S)
             if not found.splits_anything:
@@ -408,10 +396,3 @@ class Outer:
         unfit = Unfit(candidate, self.limit_bytes)
         if self.nearest is None or unfit.over_bytes < self.nearest.over_bytes:
             self.nearest = unfit
-
-    # What crosses cuts ----------------------------------------------------------------------
-
-
-def _bucket(microbatches: int) -> int:
-    """Layouts are solved for 1 or 8 microbatches: what comes once a step weighs as little."""
-    return 1 if microbatches < 4 else 8

@@ -1,9 +1,9 @@
 """The ladder's last rung: an own executor, one process a rank, for plans torch cannot express.
 
 Reading order: write.py (which rank runs which part), exchange.py (how tensors get there),
-outline.py and script.py (what one rank does, as data), sides.py, walk.py and reduce.py (who
-communicates what when), local.py (all that as a prediction takes it); then with torch kernel.py,
-move.py, weights.py, executor.py and lowered.py.
+outline.py, items.py and script.py (what one rank does, as data), sides.py, walk.py and reduce.py
+(who communicates what when), local.py (all that as a prediction takes it); then with torch
+kernel.py, move.py, weights.py, executor.py and lowered.py.
 """
 
 from __future__ import annotations

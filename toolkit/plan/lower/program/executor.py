@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from toolkit.plan.lower.program import kernel, move
-from toolkit.plan.lower.program.kernel import Gradients, Kernel, Sources, Trace
-from toolkit.plan.lower.program.move import Network
-from toolkit.plan.lower.program.script import (
+from toolkit.plan.lower.program.items import (
     Item,
     Move,
     Script,
@@ -24,6 +22,8 @@ from toolkit.plan.lower.program.script import (
     Unit,
     Value,
 )
+from toolkit.plan.lower.program.kernel import Gradients, Kernel, Sources, Trace
+from toolkit.plan.lower.program.move import Network
 from toolkit.plan.lower.program.sides import Sides, message
 from toolkit.plan.lower.program.weights import Weight, cut
 from toolkit.plan.lower.program.write import Written

@@ -11,8 +11,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from toolkit.plan.lower.program import shortcuts
 from toolkit.plan.lower.program.exchange import Slot
+from toolkit.plan.lower.program.items import Key, Read, Segment, Value
 from toolkit.plan.lower.program.move import put_together
-from toolkit.plan.lower.program.script import Key, Read, Segment, Value
 from toolkit.plan.lower.program.weights import Weight
 from toolkit.plan.lower.program.write import Written
 from toolkit.plan.tensors import Mask

@@ -14,7 +14,7 @@ from toolkit.errors import ToolkitError
 from toolkit.hardware.cluster import Cluster
 from toolkit.ir.graph import OpGraph, item_bytes
 from toolkit.plan.lower.program import reduce
-from toolkit.plan.lower.program.script import Item, Move, Script, Segment
+from toolkit.plan.lower.program.items import Item, Move, Script, Segment
 from toolkit.plan.lower.program.sides import Task
 from toolkit.plan.lower.program.walk import Walk
 from toolkit.plan.materialize.adapter import Adapter
@@ -93,7 +93,7 @@ def _forward(walk: Walk, script: Script, items: Sequence[Item], *, again: bool) 
 
 
 def _backward(walk: Walk, script: Script, items: Sequence[Item]) -> _Steps:
-    """As script.backward_moves walks, with the operators."""
+    """As items.backward_moves walks, with the operators."""
     for item in reversed(items):
         if isinstance(item, Segment):
             for step in reversed(list(_ops(walk, script, item))):

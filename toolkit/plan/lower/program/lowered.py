@@ -16,9 +16,9 @@ from toolkit.plan import subject
 from toolkit.plan.lower.lowered import Batch, Lowered
 from toolkit.plan.lower.program import move, reduce
 from toolkit.plan.lower.program.executor import Left, StageRun
+from toolkit.plan.lower.program.items import Move
 from toolkit.plan.lower.program.kernel import Sources
 from toolkit.plan.lower.program.move import Network
-from toolkit.plan.lower.program.script import Move
 from toolkit.plan.lower.program.sides import message
 from toolkit.plan.lower.program.walk import Walk
 from toolkit.plan.lower.program.weights import Weight, axes_of, cut

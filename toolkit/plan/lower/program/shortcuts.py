@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.plan.lower.program.script import Call
+from toolkit.plan.lower.program.items import Call
 from toolkit.plan.lower.program.write import Written
 from toolkit.plan.program import rules
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from toolkit.errors import InfeasibleError
-from toolkit.plan.lower.program.script import Move
+from toolkit.plan.lower.program.items import Move
 from toolkit.plan.materialize.adapter import COLLECTIVES, Adapter, Step
 
 

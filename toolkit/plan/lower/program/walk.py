@@ -14,8 +14,9 @@ from toolkit.errors import UsageError
 from toolkit.hardware.cluster import Cluster
 from toolkit.ir.graph import OpGraph
 from toolkit.plan.lower.program.exchange import Exchange, Exchanges
+from toolkit.plan.lower.program.items import Move, Script, backward_moves, moves
 from toolkit.plan.lower.program.outline import check_runs_again
-from toolkit.plan.lower.program.script import Move, Script, Stages, backward_moves, moves
+from toolkit.plan.lower.program.script import Stages
 from toolkit.plan.lower.program.sides import Message, Sides, Task, message
 from toolkit.plan.lower.program.write import Written, write
 from toolkit.plan.materialize.adapter import Adapter
