@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -141,4 +143,62 @@ def test_only_this_machines_cores_are_profiled():
 def test_two_ranks_profile_together():
     seen = []
     found = profile.observe([("gpt-tiny", {"batch": 1, "tokens": 8})], 2, progress=seen.append)
-    assert {"aten.linear", "aten.linear backward", costs.UPDATE} <= {one.name for one in found}
+    names = {one.name for one in found}
+    assert {"aten.linear", "aten.linear backward", costs.UPDATE} <= names
+    assert {costs.SPLIT_LINEAR, costs.SPLIT_UPDATE, costs.GATHER, costs.REDUCE} <= names
+
+
+def test_what_a_runtime_adds_is_a_line():
+    found = profile.calibration(
+        [
+            *made_up(),
+            Observation(costs.GATHER, (), 1e-3 + 2e-9 * 1e5, 1e5),
+            Observation(costs.GATHER, (), 1e-3 + 2e-9 * 1e7, 1e7),
+            Observation(costs.SPLIT_LINEAR, (), 5e-4),
+        ],
+        DEVICE,
+    )
+    assert found.operator(costs.GATHER).overhead_s == pytest.approx(1e-3)
+    assert found.operator(costs.GATHER).per_byte_s == pytest.approx(2e-9)
+    assert found.operator(costs.SPLIT_LINEAR).overhead_s == pytest.approx(5e-4)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "added"),
+    [
+        ("fsdp", costs.GATHER),
+        ("fsdp", costs.REDUCE),
+        ("fsdp", costs.SPLIT_UPDATE),
+        ("tp", costs.SPLIT_LINEAR),
+        ("tp", f"{costs.SPLIT_LINEAR} backward"),
+        ("tp", costs.SPLIT_UPDATE),
+        ("tp-sp", costs.SPLIT_LINEAR),
+        ("tp-sp", f"{costs.SPLIT_LINEAR} backward"),
+    ],
+)
+def test_what_a_runtime_adds_is_predicted_where_it_runs(strategy, added):
+    traced = subject.load("gpt-tiny", batch=8, tokens=16)
+    plain = profile.calibration(made_up(), DEVICE)
+    slow = replace(plain, operators={**plain.operators, added: Operator(overhead_s=0.5)})
+
+    def step_s(name, calibration):
+        plan = planner.make(traced, CLUSTER, name, num_ranks=2, calibration=calibration)
+        return plan.prediction.step_s
+
+    assert step_s(strategy, slow) > step_s(strategy, plain) + 0.4
+    assert step_s("dp", slow) == pytest.approx(step_s("dp", plain))
+
+
+def test_linears_that_read_gathered_tokens_compute_all_of_them():
+    """Sequence parallelism divides norms and residuals, and leaves a region's products as they
+    are under tensor parallelism.
+    """
+    traced = subject.load("gpt-tiny", batch=8, tokens=64)
+    plain = profile.calibration(made_up(), DEVICE)
+    linear = {"aten.linear": Operator(factor=1e6), "aten.linear backward": Operator(factor=1e6)}
+    slow = replace(plain, operators=linear)
+    steps = [
+        planner.make(traced, CLUSTER, name, num_ranks=2, calibration=slow).prediction.step_s
+        for name in ("tp", "tp-sp")
+    ]
+    assert steps[1] == pytest.approx(steps[0], rel=0.02)

@@ -81,10 +81,15 @@ class ClassFit:
 
 @dataclass(frozen=True)
 class Operator:
-    """What sets an operator apart from its class: seconds = factor * the class's + overhead_s."""
+    """What sets an operator apart from its class.
+
+    seconds = factor * the class's + overhead_s + per_byte_s * bytes; what is of no class (copies a
+    runtime makes) has the last two alone.
+    """
 
     factor: float = 1.0
     overhead_s: float = 0.0
+    per_byte_s: float = 0.0
 
 
 @dataclass(frozen=True)

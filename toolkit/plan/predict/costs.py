@@ -24,8 +24,11 @@ Stream = Literal["compute", "network", "fabric", "peer"]
 # AdamW reads parameter, gradient and both moments, writes all but the gradient, and does about
 # 12 FLOPs an element (Loshchilov and Hutter 2019, algorithm 2).
 _ADAMW_FLOPS, _ADAMW_READS, _ADAMW_WRITES = 12, 4, 3
-# What a calibration calls the update.
+# What a calibration calls the update, and what torch's ways of splitting add: for each Linear that
+# is a DTensor and each way, for each split parameter updated, for what FSDP2 gathers and reduces.
 UPDATE = "AdamW"
+SPLIT_LINEAR, SPLIT_UPDATE = "DTensor linear", "DTensor AdamW"
+GATHER, REDUCE = "FSDP2 gather", "FSDP2 reduce"
 
 
 @dataclass(frozen=True)
@@ -134,12 +137,26 @@ class Costs:
             self._places[ranks] = (max(1, used // here), "network" if inside else "fabric")
         return self._places[ranks]
 
-    def update_s(self, parameter_bytes: float, position: int) -> float:
-        """Seconds of the AdamW update of that many bytes of parameters."""
+    def added_s(self, name: str, num_bytes: float = 0.0) -> float:
+        """Seconds that a runtime adds, where a calibration has measured them."""
+        if self.calibration is None:
+            return 0.0
+        found = self.calibration.operator(name)
+        return found.overhead_s + found.per_byte_s * num_bytes
+
+    def slower(self, call: Call, name: str) -> Call:
+        """Return `call` with what a runtime adds to it."""
+        return replace(call, seconds=call.seconds + self.added_s(name, call.num_bytes))
+
+    def update_s(self, parameter_bytes: float, position: int, *, num_split: int = 0) -> float:
+        """Seconds of the AdamW update of that many bytes of parameters, `num_split` of which are
+        DTensors.
+        """
         if not parameter_bytes:
             return 0.0
         work = update(parameter_bytes, self.plan.provenance.dtype)
-        return self._operator_s(UPDATE, (work,), position)
+        seconds = self._operator_s(UPDATE, (work,), position)
+        return seconds + num_split * self.added_s(SPLIT_UPDATE)
 
 
 def kernels(cluster: Cluster) -> backward.Kernels:

@@ -53,7 +53,8 @@ class OpCalls:
     makes forward and backward wait for.
 
     `again` are those of `after` that recomputation repeats; `at_end` come once, after the last
-    backward. Blocks in `alone` have other calls than those of the same structure.
+    backward. Blocks in `alone` have other calls than those of the same structure. Operators in
+    `gathered` read their input as `whole` has it: what comes before has gathered it.
     """
 
     before: Mapping[str, tuple[Call, ...]] = field(default_factory=dict)
@@ -63,6 +64,8 @@ class OpCalls:
     again: frozenset[str] = frozenset()
     at_end: tuple[Call, ...] = ()
     alone: frozenset[str] = frozenset()
+    gathered: frozenset[str] = frozenset()
+    whole: OpGraph | None = None
 
 
 class Passes:
@@ -80,12 +83,21 @@ class Passes:
     @cached_property
     def _frozen(self) -> OpGraph:
         """The graph as the first half of backward sees it: Linears' weights take no gradient."""
-        tensors = dict(self.local.tensors)
-        for op in self.local.ops:
-            if is_put_off(op, self.local):
-                weight = formulas.tensor_of(op, self.local, "weight")
-                tensors[weight.name] = replace(weight, requires_grad=False)
-        return replace(self.local, tensors=tensors, scaling=None)
+        return _without_weights(self.local)
+
+    @cached_property
+    def _whole(self) -> OpGraph:
+        return self.calls.whole or self.local
+
+    @cached_property
+    def _whole_frozen(self) -> OpGraph:
+        return _without_weights(self._whole)
+
+    def _read(self, op: Op, graph: OpGraph) -> OpGraph:
+        """The graph with the shapes that `op` reads."""
+        if op.name not in self.calls.gathered:
+            return graph
+        return self._whole if graph is self.local else self._whole_frozen
 
     def piece(self, segment: Segment, *, kinds: Container[str], recompute: bool) -> Piece:
         """Return a segment with steps for `kinds` of actions."""
@@ -114,7 +126,8 @@ class Passes:
         steps = _Steps()
         for op in ops:
             steps.wait(self.calls.before.get(op.name, ()))
-            steps.compute(self.costs.forward_s(op, self.local, self.position))
+            seconds = self.costs.forward_s(op, self._read(op, self.local), self.position)
+            steps.compute(seconds)
             if not again or op.name in self.calls.again:
                 steps.wait(self.calls.after.get(op.name, ()))
         return steps.made
@@ -125,9 +138,19 @@ class Passes:
             # Calls do not depend on which half of backward this is: they are the input's.
             reached = op.name in self.local.differentiated
             steps.wait(self.calls.before_backward.get(op.name, ()) if reached else ())
-            steps.compute(self.costs.backward_s(op, graph, self.position))
+            seconds = self.costs.backward_s(op, self._read(op, graph), self.position)
+            steps.compute(seconds)
             steps.wait(self.calls.after_backward.get(op.name, ()) if reached else ())
         return steps.made
+
+
+def _without_weights(graph: OpGraph) -> OpGraph:
+    tensors = dict(graph.tensors)
+    for op in graph.ops:
+        if is_put_off(op, graph):
+            weight = formulas.tensor_of(op, graph, "weight")
+            tensors[weight.name] = replace(weight, requires_grad=False)
+    return replace(graph, tensors=tensors, scaling=None)
 
 
 class _Steps:

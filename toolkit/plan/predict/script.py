@@ -144,7 +144,7 @@ def of(plan: Plan, local: OpGraph, calls: OpCalls, costs: Costs) -> Script:
     for position, device in enumerate(costs.devices):
         passes = made.setdefault(device, Passes(local, costs, calls, position))
         taken: set[str] = set()
-        updated = 0
+        updated = num_split = 0
         for stage in plan.held_stages(position):
             pieces = tuple(
                 passes.piece(
@@ -158,9 +158,10 @@ def of(plan: Plan, local: OpGraph, calls: OpCalls, costs: Costs) -> Script:
             taken.update(tensor.name for tensor in own)
             found = units(plan, local, costs, position, own)
             updated += sum(unit.updated_bytes for unit in found.values())
+            num_split += _num_split(plan, own)
             uses = tuple(_use(unit, stages[stage]) for unit in found.values() if unit.parameters)
             held[stage, position] = Held(pieces, uses, lives[stage])
-        updates.append(costs.update_s(updated, position))
+        updates.append(costs.update_s(updated, position, num_split=num_split))
     transfers = _transfers(order, borders, costs)
     return Script(
         order=order,
@@ -177,6 +178,15 @@ def of(plan: Plan, local: OpGraph, calls: OpCalls, costs: Costs) -> Script:
         # gloo's gathers are waited for where they are issued; on a GPU they run ahead by a piece.
         prefetch=not costs.is_cpu,
     )
+
+
+def _num_split(plan: Plan, held: Sequence[Tensor]) -> int:
+    """How many trained parameters are DTensors on the native rung."""
+    trained = [tensor.fqn or tensor.name for tensor in held if tensor.requires_grad]
+    if plan.placed("shard"):
+        return len(trained)
+    split = {*plan.placed("column"), *plan.placed("row")} if plan.size("tensor") > 1 else set()
+    return sum(name.rpartition(".")[0] in split for name in trained)
 
 
 def parameters(plan: Plan, graph: OpGraph, segments: Sequence[Segment]) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from toolkit.ir.graph import OpGraph, Tensor, item_bytes
 from toolkit.plan import chain
 from toolkit.plan.plan import DATA_WAYS, How, Plan
-from toolkit.plan.predict.costs import Call, Costs
+from toolkit.plan.predict.costs import GATHER, REDUCE, Call, Costs
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,15 @@ class _Maker:
             shard_bytes=gradients // self.num,
             updated_bytes=gradients // self.num,
             whole_bytes=whole,
-            gather=(self.costs.call("all_gather", whole, self.data),) if whole else (),
-            reduce=self._scatter([gradients] if gradients else []),
+            gather=self._slower(
+                (self.costs.call("all_gather", whole, self.data),) if whole else (), GATHER
+            ),
+            reduce=self._slower(self._scatter([gradients] if gradients else []), REDUCE),
         )  # fmt: skip
+
+    def _slower(self, calls: tuple[Call, ...], name: str) -> tuple[Call, ...]:
+        """The calls with what FSDP2 adds to the first: it copies in and out."""
+        return (*(self.costs.slower(call, name) for call in calls[:1]), *calls[1:])
 
     def _scatter(self, sizes: Iterable[int]) -> tuple[Call, ...]:
         calls = []

@@ -8,6 +8,7 @@ that long operators weigh by their length.
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,17 +19,22 @@ from toolkit.cost import roofline
 from toolkit.cost.calibration import Calibration, Measurement, Operator
 from toolkit.cost.work import Work
 from toolkit.hardware import Device
+from toolkit.plan.predict.costs import UPDATE
 
 _ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Observation:
-    """`seconds` that an operator took for all of `works`. Names are those of a Calibration."""
+    """`seconds` that an operator took for all of `works`. Names are those of a Calibration.
+
+    What a runtime adds has no works, but may depend on `num_bytes`.
+    """
 
     name: str
     works: tuple[Work, ...]
     seconds: float
+    num_bytes: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -36,11 +42,12 @@ class Observation:
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Observation:
         works = tuple(Work(**work) for work in row["works"])
-        return cls(str(row["name"]), works, float(row["seconds"]))
+        return cls(str(row["name"]), works, float(row["seconds"]), float(row["num_bytes"]))
 
     @property
-    def is_view(self) -> bool:
-        return all(work.op_class == "view" for work in self.works)
+    def is_of_class(self) -> bool:
+        """Whether a class is fitted to it; the update is many operators, and a class of its own."""
+        return self.name != UPDATE and any(work.op_class != "view" for work in self.works)
 
 
 def calibration(
@@ -56,7 +63,7 @@ def calibration(
         measured = [
             one
             for observation in (*observations, *others)
-            if not observation.is_view
+            if observation.is_of_class
             for one in _divided(observation, device, found)
         ]
         found = fitting.fit(measured, device)
@@ -84,6 +91,8 @@ def _operators(
 
 
 def _operator(group: Sequence[Observation], device: Device, found: Calibration) -> Operator:
+    if not group[0].works:
+        return _line(group)
     predicted_s = sum(
         roofline.seconds(work, device, calibration=found) for one in group for work in one.works
     )
@@ -91,3 +100,16 @@ def _operator(group: Sequence[Observation], device: Device, found: Calibration) 
     if predicted_s > 0:
         return Operator(factor=measured_s / predicted_s)
     return Operator(overhead_s=measured_s / len(group))  # views: no data move, but a call is made
+
+
+def _line(group: Sequence[Observation]) -> Operator:
+    """The line through seconds by bytes between the smallest and the largest, neither below 0."""
+    sizes = sorted({one.num_bytes for one in group})
+    mean_s = {
+        size: statistics.mean(one.seconds for one in group if one.num_bytes == size)
+        for size in (sizes[0], sizes[-1])
+    }
+    if len(sizes) == 1:
+        return Operator(overhead_s=mean_s[sizes[0]])
+    slope = max(0.0, (mean_s[sizes[-1]] - mean_s[sizes[0]]) / (sizes[-1] - sizes[0]))
+    return Operator(overhead_s=max(0.0, mean_s[sizes[0]] - slope * sizes[0]), per_byte_s=slope)

@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from toolkit import models
 from toolkit.errors import ToolkitError
 from toolkit.ir import interpret
 from toolkit.plan import runtime, subject
-from toolkit.plan.profile import operators
+from toolkit.plan.profile import operators, wrappers
 from toolkit.plan.profile.fit import Observation
 
 
-def run_rank(model: str, sizes: Mapping[str, int], num_ranks: int) -> list[Observation]:
-    """Profile one model at one size; every rank returns the mean of all ranks' seconds."""
+def run_model(model: str, sizes: Mapping[str, int]) -> list[Observation]:
+    """Profile one model at one size."""
     wanted: dict[str, Any] = dict(sizes)
     graph = subject.load(model, **wanted).graph
     found = models.load(model)
@@ -38,12 +39,18 @@ def run_rank(model: str, sizes: Mapping[str, int], num_ranks: int) -> list[Obser
         **interpret.weights(graph, module),
         **dict(zip(graph.inputs, given, strict=True)),
     }
-    own = operators.observe(graph, tensors, dist.barrier)
-    own.append(operators.observe_update(module, dist.barrier))
+    return [
+        *operators.observe(graph, tensors, dist.barrier),
+        operators.observe_update(module, dist.barrier),
+    ]
+
+
+def over_ranks(own: Sequence[Observation], num_ranks: int) -> list[Observation]:
+    """Return the mean of all ranks' seconds, on every rank."""
     gathered: list[Any] = [None] * num_ranks
     dist.all_gather_object(gathered, [one.seconds for one in own])
     return [
-        Observation(one.name, one.works, statistics.mean(seconds))
+        replace(one, seconds=statistics.mean(seconds))
         for one, seconds in zip(own, zip(*gathered, strict=True), strict=True)
     ]
 
@@ -51,11 +58,16 @@ def run_rank(model: str, sizes: Mapping[str, int], num_ranks: int) -> list[Obser
 def main(arguments: Sequence[str]) -> None:
     out, work = Path(arguments[0]), Path(arguments[1])
     with runtime.session() as here:
-        for job in json.loads(work.read_text()):
-            found = run_rank(job["model"], job["sizes"], here.num_ranks)
+
+        def write(own: list[Observation]) -> None:
+            found = over_ranks(own, here.num_ranks)
             if here.rank == 0:
                 with out.open("a") as file:
                     file.write(json.dumps([one.to_json() for one in found]) + "\n")
+
+        for job in json.loads(work.read_text()):
+            write(run_model(job["model"], job["sizes"]))
+        write(wrappers.observe(here.num_ranks))
 
 
 if __name__ == "__main__":
