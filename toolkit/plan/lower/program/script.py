@@ -53,10 +53,10 @@ class Stages:
     def _edges(self) -> tuple[Exchange, ...]:
         """The exchanges between stages, in the order of their tensors and readers."""
         found = []
+        read = [{name for op in ops for name in op.inputs} for ops in self.written.ops]
         for name, source in self.own.items():
-            for target, ops in enumerate(self.written.ops):
-                reads = any(name in op.inputs for op in ops)
-                if reads and name not in self.maker[target]:
+            for target, names in enumerate(read):
+                if name in names and name not in self.maker[target]:
                     found.append(self.exchanges.between(name, source, target))
         return tuple(found)
 
