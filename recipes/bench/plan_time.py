@@ -4,9 +4,11 @@
     toolkit hardware probe
     python recipes/bench/plan_time.py --output plan-time.json
 
-First the ranks run each model's operators, one by one, at sizes that no plan below runs; from what
-those took, and from the probed collectives, every plan's step is predicted before it is run. Then
-each is trained for a few steps (AdamW included). Timings need a quiet machine.
+First the ranks run each model's operators, one by one, at sizes that no plan below runs, and small
+Linears wrapped by DTensor and FSDP2; from what those took, and from the probed collectives, every
+plan's step is predicted before it is run. Then each is trained for a few steps (AdamW included).
+Timings need a quiet machine: where a step's wall time is far above the processors' time in the
+output, something else ran.
 """
 
 from __future__ import annotations

@@ -63,7 +63,8 @@ def observe(
             ["-m", _RANKS, str(out), str(work)],
             num_ranks,
             timeout_s=_TIMEOUT_S * len(jobs),
-            poll=lambda: progress(out.read_text().count("\n")),
+            # The last line is of no model: what torch's wrappers add.
+            poll=lambda: progress(min(len(jobs), out.read_text().count("\n"))),
         )
         return [
             Observation.from_json(row)
