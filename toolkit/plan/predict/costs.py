@@ -166,12 +166,12 @@ def kernels(cluster: Cluster) -> backward.Kernels:
 
 def forward(op: Op, graph: OpGraph) -> tuple[Work, ...]:
     """Return what is done in an operator's forward."""
-    return (_done(op, graph, formulas.work(op, graph)),)
+    return (done(op, graph, formulas.work(op, graph)),)
 
 
 def backward_works(op: Op, graph: OpGraph, kernels: backward.Kernels) -> tuple[Work, ...]:
     """Return what is done in an operator's backward."""
-    return tuple(_done(op, graph, work) for work in backward.work(op, graph, kernels=kernels))
+    return tuple(done(op, graph, work) for work in backward.work(op, graph, kernels=kernels))
 
 
 def update(parameter_bytes: float, dtype: str) -> Work:
@@ -185,7 +185,7 @@ def update(parameter_bytes: float, dtype: str) -> Work:
     )
 
 
-def _done(op: Op, graph: OpGraph, work: Work) -> Work:
+def done(op: Op, graph: OpGraph, work: Work) -> Work:
     """What is done of the work counted: fused kernels skip what a causal mask hides, half of all
     pairs of positions.
     """

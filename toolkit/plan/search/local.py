@@ -18,7 +18,7 @@ from toolkit.hardware import Device
 from toolkit.ir import backward, formulas
 from toolkit.ir.graph import Op, OpGraph, Tensor
 from toolkit.plan.predict.alive import is_put_off
-from toolkit.plan.predict.costs import _done as done
+from toolkit.plan.predict.costs import done
 from toolkit.plan.search.layouts import Axis, Layout, Way, local_shape, share
 
 _ENTRY = "entry"
