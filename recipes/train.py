@@ -208,3 +208,4 @@ if __name__ == "__main__":
         if os.environ.get("RANK", "0") == "0":
             console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(error.exit_code)
+    runtime.leave()

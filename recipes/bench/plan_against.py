@@ -321,5 +321,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(_HERE))
     if sys.argv[1:2] == ["--rank"]:
         rank_main(*sys.argv[2:5])
+        runtime.leave()
     else:
         main()

@@ -87,6 +87,7 @@ def rank_main(folder: Path, names: list[str], rounds: int, threads: int) -> None
             times.append({name: _seconds(steps[name]) for name in order})
     body = {"peak_bytes": peaks, "step_s": times}
     (folder / "found.json").write_text(json.dumps(body))
+    runtime.leave()
 
 
 def _lowered(name: str, plan: Plan, here: Any) -> Lowered:

@@ -121,6 +121,7 @@ def rank(out: Path, paths: list[Path]) -> None:
             found.append(gathered)
         if here.rank == 0:
             out.write_text(json.dumps(found))
+    runtime.leave()
 
 
 def peak_bytes(plan: Plan, here: Session) -> int:

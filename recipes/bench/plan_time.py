@@ -201,6 +201,7 @@ def rank(out: Path, path: Path, steps: int) -> None:
                 "step_s": [max(wall for wall, _ in ranks) for ranks in by_step],
                 "processor_s": [[used for _, used in ranks] for ranks in by_step],
             }))  # fmt: skip
+    runtime.leave()
 
 
 def show(console: Any, rows: list[dict[str, Any]]) -> None:

@@ -57,3 +57,12 @@ def test_a_process_that_is_no_rank_is_told_how_to_start(monkeypatch: pytest.Monk
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ToolkitError, match="torchrun"), runtime.session():
         pass
+
+
+def test_a_rank_that_is_done_leaves_whatever_its_threads_do() -> None:
+    """Its output is there, and Python's teardown, which could abort, is not gone through."""
+    script = (
+        "import atexit, os; from toolkit.plan import runtime;"
+        "atexit.register(os.abort); print('done'); runtime.leave()"
+    )
+    launch.run(["-c", script], 2)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from toolkit.errors import UsageError
-from toolkit.plan import counting, library, verify
+from toolkit.errors import ToolkitError, UsageError
+from toolkit.plan import counting, launch, library, verify
 from toolkit.plan.counting import Call
+from toolkit.plan.verify import start
 
 
 def explain(rows) -> list[str]:
@@ -93,3 +95,25 @@ def test_a_report_with_any_fault_does_not_hold() -> None:
     assert not replace(good, update_error=float("nan")).holds
     assert not replace(good, traffic=(verify.TrafficRow(0, "send", (1, 8), (1, 4)),)).holds
     assert not replace(good, parity=replace(parity, missing=("w",))).holds
+
+
+@pytest.mark.parametrize("reported", [1, 2])
+def test_a_rank_that_dies_stands_for_the_plan_it_was_at(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reported: int
+) -> None:
+    """After the last report there is none: only leaving failed, and what was found is kept."""
+    starts = []
+
+    def run(arguments, num_ranks, **_):
+        starts.append(num_ranks)
+        lines = ['{"refused": "as said"}\n'] * (reported if len(starts) == 1 else 1)
+        Path(arguments[2]).write_text("".join(lines))
+        if len(starts) == 1:
+            raise ToolkitError("rank 1 of 2 was ended by SIGABRT")
+
+    monkeypatch.setattr(launch, "run", run)
+    jobs = [(tmp_path / "plan.json", "float32")] * 2
+    found = start.run(jobs, 2)
+    died = ["rank 1 of 2 was ended by SIGABRT"] * (reported == 1)
+    assert found == ["as said"] * reported + died
+    assert len(starts) == 1

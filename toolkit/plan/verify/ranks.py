@@ -232,3 +232,4 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except ToolkitError as error:
         sys.exit(str(error))  # the parent shows it as what this rank printed
+    runtime.leave()

@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from toolkit.errors import FormatError, ToolkitError, UsageError
+from toolkit.log import get_logger
 from toolkit.plan import io, launch, parity
 from toolkit.plan.verify.report import Report, from_json
 
 # Called with how many plans are through, as they come.
 Progress = Callable[[int], None]
+_log = get_logger(__name__)
 _RANKS = "toolkit.plan.verify.ranks"
 _TIMEOUT_S = 120.0  # a plan; a hang must not last
 
@@ -88,8 +90,10 @@ def run(
                 entry["refused"] if "refused" in entry else from_json(entry)
                 for entry in map(json.loads, _lines(out))
             ]
-            if died:
+            if died and len(found) < len(jobs):
                 found.append(died)
+            elif died:  # every plan is through: only leaving failed
+                _log.warning("%s", died)
             progress(len(found))
     return found
 
