@@ -7,10 +7,12 @@ from toolkit import models
 from toolkit.errors import UsageError
 from toolkit.plan import chain, planner
 from toolkit.plan.lower import compat, stages
+from toolkit.plan.lower.compat import pipelines
 
 
 def test_this_torch_offers_what_is_leaned_on() -> None:
     compat.self_test()
+    pipelines.self_test()
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from torch.distributed.pipelining import PipelineStage
 
 from toolkit.errors import UsageError
 from toolkit.plan.lower import deferred, groups, stages, weights
+from toolkit.plan.lower.compat import pipelines
 from toolkit.plan.lower.lowered import Batch, Lowered
 from toolkit.plan.lower.recorder import Recorder
 from toolkit.plan.lower.reductions import Reductions, in_order
@@ -268,4 +269,5 @@ def lower(
     plan: Plan, module: nn.Module, mesh: DeviceMesh, recorder: Recorder, example: Batch
 ) -> Lowered:
     """Return what this rank runs of `plan`; see ladder.lower."""
+    pipelines.self_test()
     return Pipeline(plan, module, mesh, recorder, example)

@@ -24,7 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
 from toolkit.errors import UsageError
-from toolkit.plan.lower.compat import module_path
+from toolkit.plan.lower.compat.pipelines import module_path
 
 
 @dataclass(frozen=True)

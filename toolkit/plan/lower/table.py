@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.plan.lower.compat import PipelineRuntime, TorchAction
+from toolkit.plan.lower.compat.pipelines import PipelineRuntime, TorchAction
 from toolkit.plan.order.action import Rows
 
 
