@@ -31,7 +31,7 @@ from toolkit.models.model import Model
 
 def load(ref: str) -> Model:
     """Return the model of a `module:factory` reference; the factory is not called yet."""
-    make = _find(ref)
+    make = imported(ref)
 
     def call(sizes: Mapping[str, int], device: str, seed: int) -> tuple[nn.Module, Example | None]:
         return _call(ref, make, sizes, device, seed)
@@ -72,7 +72,11 @@ def load(ref: str) -> Model:
     )
 
 
-def _find(ref: str) -> Callable[..., Any]:
+def imported(ref: str, what: str = "factory") -> Callable[..., Any]:
+    """Return what `module:name` names, something to call; `what` it is, for messages.
+
+    Raises UsageError when there is none.
+    """
     module_name, _, attribute = ref.partition(":")
     if module_name.endswith(".py") or "/" in module_name:
         dotted = module_name.removesuffix(".py").strip("./").replace("/", ".")
@@ -81,7 +85,10 @@ def _find(ref: str) -> Callable[..., Any]:
         )
     if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
         raise UsageError(
-            f"{ref!r} does not name a model", remedy="write a zoo name, hf:NAME or module:factory"
+            f"{ref!r} does not name a {'model' if what == 'factory' else what}",
+            remedy="write a zoo name, hf:NAME or module:factory"
+            if what == "factory"
+            else f"write module:{what}",
         )
     # As `python -m` does: the user's own module lies in the current folder.
     here = str(Path.cwd())
@@ -100,7 +107,7 @@ def _find(ref: str) -> Callable[..., Any]:
         raise UsageError(f"importing {module_name} raised {_said(error)}") from error
     if not hasattr(module, attribute):
         known = [name for name, value in vars(module).items() if callable(value)]
-        raise unknown_name(f"factory in {module_name}", attribute, known)
+        raise unknown_name(f"{what} in {module_name}", attribute, known)
     found = getattr(module, attribute)
     if not callable(found):
         raise UsageError(f"{ref} is a {type(found).__name__}, not something to call")

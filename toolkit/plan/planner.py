@@ -14,7 +14,7 @@ from toolkit.cost.calibration import Calibration
 from toolkit.cost.memory import Ledger
 from toolkit.errors import InfeasibleError, unknown_name
 from toolkit.hardware import Cluster
-from toolkit.plan import library, predict
+from toolkit.plan import library, own, predict
 from toolkit.plan.plan import Alternative, Plan
 from toolkit.plan.subject import Subject
 
@@ -60,6 +60,28 @@ def make(
         memory_limit_bytes,
         calibration,
     )
+    check_memory(plan)
+    return plan
+
+
+def make_own(
+    subject: Subject,
+    cluster: Cluster,
+    write: own.Write,
+    *,
+    microbatches: int | None = None,
+    recompute: bool = False,
+    memory_limit_bytes: int | None = None,
+    calibration: Calibration | None = None,
+) -> Plan:
+    """Return the plan that `write` makes of a Program with the three primitives, predicted.
+
+    Raises UsageError for a program that cannot run or that no plan says (see own.plan), and
+    InfeasibleError when it needs more memory than a device has.
+    """
+    made = own.plan(write, subject, cluster, microbatches=microbatches or 1, recompute=recompute)
+    predict.check_fits(made.num_ranks, cluster)
+    plan = _predicted(made, subject, cluster, memory_limit_bytes, calibration)
     check_memory(plan)
     return plan
 

@@ -24,6 +24,14 @@ def make(
             help="A plan of the library (see `toolkit plan make x --strategy ?`), or auto."
         ),
     ] = "auto",
+    program: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Instead of a strategy: a function that writes the plan with op-trans, op-assign "
+            "and op-order (docs/howto/write-a-plan.md).",
+        ),
+    ] = None,
     cluster: Annotated[
         str, typer.Option(help="A name such as cpux2, h100x8, 4xh100x8, or a .toml file.")
     ] = "cpux2",
@@ -60,11 +68,17 @@ def make(
     Example: toolkit plan make gpt-tiny --strategy 1f1b --cluster cpux2 --batch 16 -o plan.json
     """
     from toolkit.hardware import find_cluster
+    from toolkit.models import factory
     from toolkit.plan import io, library, planner, predict, subject
     from toolkit.timeline import files
 
     where = find_cluster(cluster)
     degrees = _degrees(degree or [])
+    if program and (degrees or ranks or strategy != planner.AUTO):
+        raise UsageError(
+            "--program says itself how many ranks there are and what each does",
+            remedy="leave out --strategy, --degree and --ranks",
+        )
     if strategy != planner.AUTO:
         library.find(strategy)
     elif degrees:
@@ -81,7 +95,12 @@ def make(
     with view.progress(quiet=as_json) as bar:
         task = bar.add_task(f"trace {model}", total=None)
         traced = subject.load(model, dtype=dtype, batch=batch, tokens=tokens)
-        if strategy == planner.AUTO:
+        if program:
+            bar.update(task, description=f"predict {program}")
+            write = factory.imported(program, "function")
+            del options["num_ranks"]
+            plan = planner.make_own(traced, where, write, **options)
+        elif strategy == planner.AUTO:
             plan = planner.choose(
                 traced, where, **options,
                 progress=lambda name: bar.update(task, description=f"predict {name}"),

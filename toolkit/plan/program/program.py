@@ -68,6 +68,27 @@ class Program:
             self._annotations[op] = rules.annotation(self.graph.op(op), self.graph)
         return self._annotations[op]
 
+    def device(self, part: Which) -> int:
+        """Return where a part was placed; UsageError when it was not."""
+        name = self._part(part).name
+        if name not in self._devices:
+            raise UsageError(f"{name} has no device", remedy="assign it to one")
+        return self._devices[name]
+
+    def recomputed(self, part: Which) -> bool:
+        """Return whether a part is run again before its backward."""
+        return self._part(part).name in self._recompute
+
+    def ordered(self) -> tuple[tuple[Part, Part], ...]:
+        """Return which parts were asked to run before which."""
+        return tuple(
+            dict.fromkeys(
+                pair
+                for first, then in self._order
+                for pair in itertools.product(self._leaves(first), self._leaves(then))
+            )
+        )
+
     # The three primitives -------------------------------------------------------------------
 
     def trans(self, part: Which, algorithm: Algorithm) -> tuple[Part, ...]:
@@ -151,17 +172,13 @@ class Program:
         for op in self.graph.ops:
             self._check_replicas(op.name)
         sub_ops = tuple(self._sub_op(part) for part in parts)
-        order = dict.fromkeys(
-            (one.name, other.name)
-            for first, then in self._order
-            for one, other in itertools.product(self._leaves(first), self._leaves(then))
-        )
+        order = tuple((one.name, other.name) for one, other in self.ordered())
         sources = tuple(t.name for t in self.graph.tensors.values() if t.role != "activation")
         made = FrozenProgram(
             name=self.graph.name,
             digest=self.graph.digest,
             sub_ops=sub_ops,
-            order=tuple(order),
+            order=order,
             sources=sources,
             weights=tuple(t.name for t in self.graph.parameters() if t.requires_grad),
             outputs=self.graph.outputs,
