@@ -16,6 +16,8 @@ from toolkit.plan.verify.report import Report, from_json
 Progress = Callable[[int], None]
 _log = get_logger(__name__)
 _RANKS = "toolkit.plan.verify.ranks"
+# Plans that ranks run before they are started anew: gloo keeps threads and sockets for every group.
+_MOST_PLANS = 24
 _TIMEOUT_S = 120.0  # a plan; a hang must not last
 
 
@@ -59,7 +61,7 @@ def run(
     measure: bool = False,
     progress: Progress = lambda done: None,
 ) -> list[Report | str]:
-    """Verify (plan file, dtype) pairs on `num_ranks` ranks that are started once.
+    """Verify (plan file, dtype) pairs on `num_ranks` ranks that are started once for many.
 
     What a rank refuses in words stands in the place of its report. If a rank dies or hangs, so
     does what it printed, and ranks are started anew for the jobs after it.
@@ -68,12 +70,13 @@ def run(
     with tempfile.TemporaryDirectory(prefix="toolkit-verify-") as folder:
         out, work = Path(folder) / "reports.jsonl", Path(folder) / "jobs.json"
         while len(found) < len(jobs):
-            left = jobs[len(found) :]
+            before = len(found)
+            left = jobs[before : before + _MOST_PLANS]
             body = [{"plan": str(path.resolve()), "dtype": dtype} for path, dtype in left]
             work.write_text(json.dumps(body))
             out.write_text("")
 
-            def poll(before: int = len(found)) -> None:
+            def poll(before: int = before) -> None:
                 progress(before + len(_lines(out)))
 
             try:
@@ -90,7 +93,7 @@ def run(
                 entry["refused"] if "refused" in entry else from_json(entry)
                 for entry in map(json.loads, _lines(out))
             ]
-            if died and len(found) < len(jobs):
+            if died and len(found) < before + len(left):
                 found.append(died)
             elif died:  # every plan is through: only leaving failed
                 _log.warning("%s", died)
