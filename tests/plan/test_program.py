@@ -58,7 +58,7 @@ def test_operators_are_chosen_by_module_pattern_and_kind(tiny):
 def test_splitting_changes_the_masks_of_the_operator_alone(program):
     first, second = program.trans("up:linear", Split("n", 2))
     found = program.annotation("up:linear")
-    assert [str(mask) for mask in second.inputs(found)] == ["[0:4, 0:8]", "[6:12, 0:8]", "[6:12]"]
+    assert [str(mask) for _, mask in second.reads(found)] == ["[0:4, 0:8]", "[6:12, 0:8]", "[6:12]"]
     assert [str(mask) for mask in first.outputs(found)] == ["[0:4, 0:6]"]
     assert [part.name for part in program.ops()] == [
         "up:linear[n 0:6]", "up:linear[n 6:12]", ":gelu", "down:linear",
@@ -69,7 +69,7 @@ def test_the_bias_of_a_split_sum_is_shared_out(program):
     parts = program.trans("down:linear", Split("k", 2))
     found = program.annotation("down:linear")
     for index, part in enumerate(parts):
-        x, weight, bias = part.inputs(found)
+        x, weight, bias = (mask for _, mask in part.reads(found))
         assert (x.box[1], weight.box[1]) == ((6 * index, 6 * index + 6),) * 2
         assert bias == Mask(((0, 8),), Chunk.part(index, 2))
         assert part.outputs(found)[0].chunk == Chunk.part(index, 2)

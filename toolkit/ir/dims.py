@@ -5,6 +5,7 @@ split and the others are copied to every part; the outputs of the parts are conc
 summed over: the parts' outputs are partial sums. `d^` cannot be split. `(h d)` is one dim made of
 two, of which only the first can be split. `~n` is added to the result: where the result is a
 partial sum, it must be shared out over the parts (or given to one), or it counts once a part.
+`[y]` is a dim read around the output's `y`, which is split with a halo: see Halo.
 
 The rules are in splits.py; tests run every operator whole and in parts along each identifier.
 """
@@ -13,13 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from toolkit.errors import UsageError
 from toolkit.ir.graph import Argument, Op, OpGraph, refs
 
-Kind = Literal["", "+", "^"]
+Kind = Literal["", "+", "^", "[]"]
 Axis = tuple[str, ...]  # the identifiers a dim is made of; none for a dim of size 1
 Spec = tuple[Axis, ...]
 
@@ -40,10 +41,54 @@ class Partition:
 
 
 @dataclass(frozen=True)
+class Halo:
+    """What of an input's dim of `size` a part of the output's dim `of` reads: for element i the
+    `extent` elements from i * stride - before on. What lies outside is `fill`, or with `cyclic` the
+    other end. `argument` (its name, and which of its numbers) says so to the operator: a part gets
+    the elements themselves, and 0 for it.
+    """
+
+    of: str
+    size: int
+    argument: tuple[str, int]
+    stride: int = 1
+    extent: int = 1
+    before: int = 0
+    cyclic: bool = False
+    fill: float = 0.0
+
+    def _span(self, start: int, end: int) -> tuple[int, int]:
+        """From where to where elements start to end of the output read, wherever that lies."""
+        low = start * self.stride - self.before
+        return low, low + (end - start - 1) * self.stride + self.extent
+
+    def reads(self, start: int, end: int) -> tuple[tuple[int, int], ...]:
+        """Return the intervals that elements `start` to `end` of the output read, in order.
+
+        >>> Halo("y", 8, ("padding", 0), extent=3, before=1).reads(0, 4)
+        ((0, 5),)
+        >>> Halo("y", 8, ("shifts", 0), before=-2, cyclic=True).reads(4, 8)
+        ((6, 8), (0, 2))
+        """
+        low, high = self._span(start, end)
+        if not self.cyclic:
+            return ((max(low, 0), min(high, self.size)),)
+        low, length = low % self.size, high - low
+        over = low + length - self.size
+        return ((low, self.size), (0, over)) if over > 0 else ((low, low + length),)
+
+    def padding(self, start: int, end: int) -> tuple[int, int]:
+        """Return how many elements outside are read before the first and after the last."""
+        low, high = self._span(start, end)
+        return (0, 0) if self.cyclic else (max(-low, 0), max(high - self.size, 0))
+
+
+@dataclass(frozen=True)
 class Annotation:
     """Which dims of an operator's inputs (in the order of `op.inputs`) and outputs belong together.
 
-    `known` is False for an operator without a rule: then nothing of it can be split.
+    `halos` say how an input's identifier is read around one of the output's. `known` is False for
+    an operator without a rule: then nothing of it can be split.
     """
 
     inputs: tuple[Spec, ...]
@@ -52,15 +97,26 @@ class Annotation:
     sizes: Mapping[str, int]
     addends: tuple[int, ...] = ()
     known: bool = True
+    halos: Mapping[str, Halo] = field(default_factory=dict)
 
     @property
     def splittable(self) -> tuple[str, ...]:
-        """Identifiers that can be split, in order of appearance."""
-        return tuple(name for name, kind in self.kinds.items() if kind != "^")
+        """Identifiers that can be split by slicing, in order of appearance."""
+        return tuple(name for name, kind in self.kinds.items() if kind in ("", "+"))
+
+    @property
+    def with_halo(self) -> tuple[str, ...]:
+        """Identifiers that can be split by whoever gives the parts what lies around them."""
+        return tuple(name for name, kind in self.kinds.items() if kind == "[]")
+
+    def leading(self, axis: Axis) -> str:
+        """Return the identifier whose split divides a dim; "" for a dim of size 1."""
+        name = axis[0] if axis else ""
+        return self.halos[name].of if name in self.halos else name
 
     def partition(self, name: str) -> Partition:
-        """Return what splitting along `name` does. Raises UsageError when it cannot be split."""
-        if self.kinds.get(name, "^") == "^":
+        """Return what splitting along `name` does. Raises UsageError when slices do not do."""
+        if name not in self.splittable:
             known = ", ".join(self.splittable) or "none"
             raise UsageError(f"{name!r} of '{self}' cannot be split; these can: {known}")
         reduced = self.kinds[name] == "+"
@@ -79,7 +135,10 @@ class Annotation:
 
     def __str__(self) -> str:
         def axis_text(axis: Axis) -> str:
-            named = [name + self.kinds[name] for name in axis]
+            named = [
+                name if name in self.halos or kind == "[]" else name + kind
+                for name, kind in ((name, self.kinds[name]) for name in axis)
+            ]
             return "1" if not named else named[0] if len(named) == 1 else f"({' '.join(named)})"
 
         def spec_text(spec: Spec) -> str:
@@ -103,6 +162,7 @@ class Builder:
     kinds: dict[str, Kind] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     addends: list[int] = field(default_factory=list)
+    halos: dict[str, Halo] = field(default_factory=dict)
 
     def new(self, size: int, kind: Kind = "", name: str = "") -> Axis:
         """Return a new axis of `size`; no identifier at all when the size is 1."""
@@ -131,6 +191,18 @@ class Builder:
 
     def fresh(self, shape: Sequence[int], kind: Kind = "") -> Spec:
         return tuple(self.new(size, kind) for size in shape)
+
+    def around(self, size: int, halo: Halo) -> tuple[Axis, Axis]:
+        """Return the axis of an input's dim, and that of the output's dim of `size` made around it
+        (`halo.of` is filled in).
+        """
+        made = self.new(size, "[]")
+        if not made or halo.size == 1:
+            self.fixed(made)
+            return self.new(halo.size, "^"), made
+        read = self.new(halo.size, "^", f"[{made[0]}]")
+        self.halos[read[0]] = replace(halo, of=made[0])
+        return read, made
 
     def size(self, axis: Axis) -> int:
         return math.prod(self.sizes[name] for name in axis)
@@ -171,15 +243,16 @@ class Builder:
         found = [spec or () for spec in specs]
         return Annotation(
             tuple(found[:number]), tuple(found[number:]), dict(self.kinds), dict(self.sizes),
-            tuple(self.addends),
+            tuple(self.addends), halos=dict(self.halos),
         )  # fmt: skip
 
 
 def annotation(op: Op, graph: OpGraph) -> Annotation:
     """Return how `op` may be split; not at all (`known` False) when there is no rule for it."""
-    from toolkit.ir import rearrange, splits
+    from toolkit.ir import rearrange, splits, windows
 
-    assert rearrange  # imported for the rules it registers
+    assert rearrange  # imported for the rules they register
+    assert windows
     rule = splits.RULES.get(op.kind)
     if rule is not None:
         builder = Builder(op, graph)

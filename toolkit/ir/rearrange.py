@@ -119,11 +119,3 @@ def _creation(b: Builder) -> None:
 def _whole(b: Builder) -> None:
     """Values depend on the place, or on one stream of random numbers: a part makes them all."""
     b.outputs[0] = b.fresh(b.out_shapes[0], "^")
-
-
-@rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "avg_pool2d", "max_pool2d")
-def _pool(b: Builder) -> None:
-    spatial = 1 if b.op.kind.endswith("1d") else 2
-    lead = b.fresh(b.in_shapes[0][:-spatial])
-    b.inputs[0] = (*lead, *b.fresh(b.in_shapes[0][-spatial:], "^"))
-    b.outputs[0] = (*lead, *b.fresh(b.out_shapes[0][-spatial:], "^"))

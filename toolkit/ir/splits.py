@@ -81,10 +81,11 @@ def _linear(b: Builder) -> None:
     n = b.new(b.shape("weight")[0], "", "n")
     b.inputs = {0: (*rows, k), 1: (n, k)}
     b.outputs[0] = (*rows, n)
-    _bias(b, "bias", (n,))
+    bias(b, "bias", (n,))
 
 
-def _bias(b: Builder, argument: str, spec: Spec) -> None:
+def bias(b: Builder, argument: str, spec: Spec) -> None:
+    """Say that a tensor argument, if it was given, is added to the result."""
     if isinstance(b.op.arguments.get(argument), Ref):
         index = b.index(argument)
         b.inputs[index] = tuple(
@@ -123,7 +124,7 @@ def _addmm(b: Builder) -> None:
     b.inputs = {b.index(names[0]): (*lead, m, k), b.index(names[1]): (*lead, k, n)}
     b.outputs[0] = (*lead, m, n)
     out = b.outputs[0]
-    _bias(b, "self", out[len(out) - len(b.shape("self")) :])
+    bias(b, "self", out[len(out) - len(b.shape("self")) :])
 
 
 @rule("einsum")
@@ -168,18 +169,6 @@ def _attention(b: Builder) -> None:
         )
 
 
-@rule("conv1d", "conv2d", "conv3d")
-def _conv(b: Builder) -> None:
-    x, weight, out = b.shape("input"), b.shape("weight"), b.out_shapes[0]
-    if len(x) != len(weight) or b.op.arguments["groups"] != 1:
-        return
-    batch, c, n = b.new(x[0], "", "b"), b.new(x[1], "+", "k"), b.new(weight[0], "", "n")
-    # A neighbourhood crosses any cut of the image: a halo would be needed.
-    b.inputs = {0: (batch, c, *b.fresh(x[2:], "^")), 1: (n, c, *b.fresh(weight[2:], "^"))}
-    b.outputs[0] = (batch, n, *b.fresh(out[2:], "^"))
-    _bias(b, "bias", (n,))
-
-
 # Along one dim -------------------------------------------------------------------------------
 
 
@@ -216,12 +205,6 @@ def _slice(b: Builder) -> None:
 @rule("toolkit.extend")
 def _extend(b: Builder) -> None:
     _same_but(b, b.op.arguments["dim"])
-
-
-@rule("roll")
-def _roll(b: Builder) -> None:
-    dims = b.op.arguments["dims"]
-    _same_but(b, *(dims or range(len(b.in_shapes[0]))))
 
 
 @rule("flip")

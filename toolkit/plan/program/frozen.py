@@ -22,7 +22,8 @@ from toolkit.plan.tensors import Interval, VTensor
 
 @dataclass(frozen=True)
 class SubOp:
-    """A part of operator `op`, and what it sees of each input and makes of each output.
+    """A part of operator `op`, and what it sees of each input and makes of each output. An input
+    that is read over its end (see ir.dims.Halo) is several views, one after another.
 
     `region` is the interval of each dim identifier that was split. Backward runs on the same
     device, if there is one. Parts with the same `recompute` are run again, together, before theirs.

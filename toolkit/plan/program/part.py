@@ -6,12 +6,13 @@ ir.dims); its masks follow from that. Dividing a part changes its own masks and 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from toolkit.errors import UsageError
-from toolkit.ir.dims import Annotation, Axis, Spec
+from toolkit.ir.dims import Annotation, Axis
 from toolkit.plan.tensors import WHOLE, Chunk, Interval, Mask
 
 _SHOWN = 8  # sizes listed in a message
@@ -22,7 +23,8 @@ class Split:
     """Divide along a dim into `num` equal parts.
 
     `dim` is an identifier of the annotation, or an int for that dim of the first output (-1 is the
-    last). Along a dim that is summed over, the parts produce partial sums of their outputs.
+    last). Along a dim that is summed over, the parts produce partial sums of their outputs. Along
+    one that is made from around each element, they read a halo: what their neighbours make too.
     """
 
     dim: str | int
@@ -70,27 +72,35 @@ class Part:
     def interval(self, name: str, found: Annotation) -> Interval:
         return self.region.get(name, (0, found.sizes[name]))
 
-    def inputs(self, found: Annotation) -> tuple[Mask, ...]:
-        """Return what the part reads of each input, in the order of `op.inputs`."""
+    def reads(self, found: Annotation) -> tuple[tuple[int, Mask], ...]:
+        """Return what the part reads, as (place in `op.inputs`, mask), in order.
+
+        An input is read in one piece, or in several where it is read over the end (see Halo).
+        """
         return tuple(
-            Mask(self._box(spec, found), self.chunk if index in found.addends else WHOLE)
+            (index, Mask(box, self.chunk if index in found.addends else WHOLE))
             for index, spec in enumerate(found.inputs)
+            for box in itertools.product(*(self._intervals(axis, found) for axis in spec))
         )
 
     def outputs(self, found: Annotation) -> tuple[Mask, ...]:
         """Return what the part makes of each output."""
-        return tuple(Mask(self._box(spec, found), self.chunk) for spec in found.outputs)
+        boxes = (tuple(self._interval(axis, found) for axis in spec) for spec in found.outputs)
+        return tuple(Mask(box, self.chunk) for box in boxes)
 
-    def _box(self, spec: Spec, found: Annotation) -> tuple[Interval, ...]:
-        def interval(axis: Axis) -> Interval:
-            if not axis:
-                return (0, 1)
-            # Of a fused dim only the outermost factor is ever split.
-            low, high = self.interval(axis[0], found)
-            inner = math.prod(found.sizes[name] for name in axis[1:])
-            return low * inner, high * inner
+    def _intervals(self, axis: Axis, found: Annotation) -> tuple[Interval, ...]:
+        halo = found.halos.get(axis[0]) if axis else None
+        if halo is not None and halo.of in self.region:
+            return halo.reads(*self.region[halo.of])
+        return (self._interval(axis, found),)
 
-        return tuple(interval(axis) for axis in spec)
+    def _interval(self, axis: Axis, found: Annotation) -> Interval:
+        if not axis:
+            return (0, 1)
+        # Of a fused dim only the outermost factor is ever split.
+        low, high = self.interval(axis[0], found)
+        inner = math.prod(found.sizes[name] for name in axis[1:])
+        return low * inner, high * inner
 
 
 def identifier(dim: str | int, op: str, found: Annotation) -> str:
@@ -122,7 +132,8 @@ def _of_output(dim: int, found: Annotation) -> str | None:
 def _choices(found: Annotation) -> str:
     if not found.known:
         return "there is no rule how to split it: replicate it, or leave it whole"
-    names = ", ".join(f"{name} ({found.sizes[name]})" for name in found.splittable)
+    dims = (*found.splittable, *found.with_halo)
+    names = ", ".join(f"{name} ({found.sizes[name]})" for name in dims)
     return f"of '{found}' these can: {names}" if names else "replicate it, or leave it whole"
 
 

@@ -265,7 +265,7 @@ class Program:
             part.name,
             part.op,
             device,
-            tuple(map(view, op.inputs, part.inputs(found))),
+            tuple(view(op.inputs[place], mask) for place, mask in part.reads(found)),
             tuple(map(view, op.outputs, part.outputs(found))),
             dict(part.region),
             part.op in self.graph.differentiated,

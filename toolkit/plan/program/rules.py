@@ -17,6 +17,7 @@ from toolkit.ir import dims, splits
 from toolkit.ir.dims import Annotation, Kind
 from toolkit.ir.formulas import ATTENTION
 from toolkit.ir.graph import Argument, Op, OpGraph, Ref
+from toolkit.plan.program import halo
 from toolkit.plan.tensors import Interval, Mask
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def run(
     inputs: Sequence[torch.Tensor],
     outputs: Sequence[Mask],
 ) -> tuple[torch.Tensor, ...]:
-    """Run a part of `op` on its slices of the inputs (in the order of `op.inputs`).
+    """Run a part of `op` on its slices of the inputs (in the order of `Part.reads`).
 
     Raises UsageError for an operator that draws random numbers, ToolkitError when it cannot be run
     in parts on copies of its inputs.
@@ -93,8 +94,19 @@ def prepare(
     op: Op, found: Annotation, region: Mapping[str, Interval], outputs: Sequence[Mask]
 ) -> Runner:
     """Return the function that runs a part of `op` on its slices of the inputs, given in the order
-    of `op.inputs`: everything that does not depend on their values is worked out once.
+    of `Part.reads`: everything that does not depend on their values is worked out once.
     """
+    join = halo.joiner(found, region)
+    if join is not None:
+        part = replace(op, arguments=halo.arguments(op.arguments, found, region))
+        on_whole_inputs = _prepare(part, found, region, outputs)
+        return lambda *pieces: on_whole_inputs(*join(pieces))
+    return _prepare(op, found, region, outputs)
+
+
+def _prepare(
+    op: Op, found: Annotation, region: Mapping[str, Interval], outputs: Sequence[Mask]
+) -> Runner:
     places = iter(range(len(op.inputs)))
     arguments = {key: _renamed(value, places) for key, value in op.arguments.items()}
     sized = splits.SHAPE_ARGUMENTS.get(op.kind)

@@ -51,8 +51,9 @@ def flow(graph: OpGraph, annotate: Annotate, starts: Iterable[str], dim: int) ->
     """Follow dim `dim` of some tensors through the graph; return operator -> what it calls the dim.
 
     `starts` are inputs and parameters by name, or patterns of operators, whose first outputs are
-    meant. The dim is followed for as long as it can be split: an operator that needs it whole is
-    left out, and one that sums over it is the last. Raises UsageError for a name that is unknown.
+    meant. The dim is followed for as long as it can be split, with a halo if need be: an operator
+    that needs it whole is left out, and one that sums over it is the last. Raises UsageError for a
+    name that is unknown.
     """
     marked: dict[str, int] = {}
     found: dict[str, str] = {}
@@ -95,4 +96,4 @@ def _called(
     made = zip(op.outputs, annotation.outputs, strict=True)
     axes = [spec[marked[name]] for name, spec in read if name in marked]
     axes += [spec[marked[name]] for name, spec in made if name in begun]
-    return {axis[0] if axis else "" for axis in axes} - {""}
+    return {annotation.leading(axis) for axis in axes} - {""}

@@ -104,7 +104,7 @@ class Exchanges:
         for op in graph.consumers[tensor]:
             for rank, several in written.parts[stage].get(op.name, {}).items():
                 for part in several:
-                    for name, mask in zip(op.inputs, written.inputs(part), strict=True):
+                    for name, mask in written.reads(part):
                         if name == tensor:
                             wanted[rank, mask] = None
                             if op.name in graph.differentiated:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from toolkit.plan.lower.program.walk import Walk
 from toolkit.plan.materialize.adapter import Adapter
 from toolkit.plan.order.action import Action
 from toolkit.plan.plan import Plan, Traffic
+from toolkit.plan.program import halo
 
 
 @dataclass(frozen=True)
@@ -202,8 +204,9 @@ def local_graph(walk: Walk, stage: int, rank: int) -> OpGraph:
     ops = written.ops[stage]
     for op in ops:
         part = written.parts[stage][op.name][rank][0]
-        for name, mask in zip(op.inputs, written.inputs(part), strict=True):
-            shapes.setdefault(name, mask.shape)
+        reads = part.reads(written.annotations[op.name])
+        for place, pieces in itertools.groupby(reads, key=lambda read: read[0]):
+            shapes.setdefault(op.inputs[place], halo.shape([mask for _, mask in pieces]))
         for name, mask in zip(op.outputs, written.outputs(part), strict=True):
             shapes[name] = mask.shape
     tensors = {}

@@ -114,7 +114,7 @@ def _apart(written: Written, stage: int, op: Op, read: set[str]) -> bool:
         for rank, several in written.parts[stage][op.name].items():
             for one, before in zip(several, written.parts[stage][maker.name][rank], strict=True):
                 made = written.outputs(before)[place]
-                for input_name, mask in zip(op.inputs, written.inputs(one), strict=True):
+                for input_name, mask in written.reads(one):
                     if input_name == name and mask != made:
                         return False
     return True

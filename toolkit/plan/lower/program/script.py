@@ -175,8 +175,7 @@ class _Writer:
     def _call(self, op: Op, index: int, region: frozenset[str] = frozenset()) -> Call:
         part = self.written.parts[self.stage][op.name][self.rank][index]
         reads = tuple(
-            self._read(op, part, name, mask, region)
-            for name, mask in zip(op.inputs, self.written.inputs(part), strict=True)
+            self._read(op, part, name, mask, region) for name, mask in self.written.reads(part)
         )
         writes = tuple(
             Value(name, mask.box, -1)

@@ -28,7 +28,7 @@ def runner(call: Call, written: Written) -> Runner:
     torchs = rules.prepare(call.op, annotation, call.part.region, written.outputs(call.part))
     if call.op.kind != "aten.embedding" or not _is_plain_lookup(call):
         return torchs
-    rows, columns = written.inputs(call.part)[0].box
+    rows, columns = written.reads(call.part)[0][1].box
     whole = rows == (0, written.graph.tensors[call.op.inputs[0]].shape[0])
     if not whole or columns[1] - columns[0] > _NARROW:
         return torchs

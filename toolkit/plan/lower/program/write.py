@@ -7,7 +7,7 @@ in the plan's mesh, those of the first replica: the others do the same on other 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,6 +21,9 @@ from toolkit.plan.program import rules, select
 from toolkit.plan.program.frozen import FrozenProgram, SubOp
 from toolkit.plan.program.part import Part
 from toolkit.plan.tensors import Mask, PTensor, VTensor
+
+# What a part reads of which tensors, and makes of each output.
+_Masks = tuple[tuple[tuple[str, Mask], ...], tuple[Mask, ...]]
 
 # The axes that one replica lies along, outermost first.
 AXES: tuple[AxisName, ...] = ("pipeline", "context", "tensor")
@@ -77,8 +80,8 @@ class Written:
     def _works(self) -> dict[tuple[int, str], Mapping[str, frozenset[int]]]:
         return {}
 
-    def inputs(self, part: Part) -> tuple[Mask, ...]:
-        """Return what a part reads of each input."""
+    def reads(self, part: Part) -> tuple[tuple[str, Mask], ...]:
+        """Return what a part reads: tensor and mask, in the order of Part.reads."""
         return self._masks(part)[0]
 
     def outputs(self, part: Part) -> tuple[Mask, ...]:
@@ -86,14 +89,15 @@ class Written:
         return self._masks(part)[1]
 
     @cached_property
-    def _known(self) -> dict[tuple[str, str], tuple[tuple[Mask, ...], tuple[Mask, ...]]]:
+    def _known(self) -> dict[tuple[str, str], _Masks]:
         return {}
 
-    def _masks(self, part: Part) -> tuple[tuple[Mask, ...], tuple[Mask, ...]]:
+    def _masks(self, part: Part) -> _Masks:
         key = part.op, part.work
         if key not in self._known:
-            found = self.annotations[part.op]
-            self._known[key] = part.inputs(found), part.outputs(found)
+            found, names = self.annotations[part.op], self.graph.op(part.op).inputs
+            reads = tuple((names[place], mask) for place, mask in part.reads(found))
+            self._known[key] = reads, part.outputs(found)
         return self._known[key]
 
     def logical(self, name: str) -> PTensor:
@@ -130,19 +134,16 @@ class Written:
                         co = f"{stage} {op.name} {index}/{len(several)}"
                         yield SubOp(
                             named.name, op.name, rank,
-                            self._views(op.inputs, self.inputs(one), rank, one.work),
-                            self._views(op.outputs, self.outputs(one), rank, one.work),
+                            self._views(self.reads(one), rank, one.work),
+                            self._views(
+                                zip(op.outputs, self.outputs(one), strict=True), rank, one.work
+                            ),
                             dict(one.region), op.name in self.graph.differentiated,
                             co if len(several) > 1 else "",
                         )  # fmt: skip
 
-    def _views(
-        self, names: Sequence[str], masks: Sequence[Mask], rank: int, work: str
-    ) -> tuple[VTensor, ...]:
-        return tuple(
-            VTensor(self.logical(name), mask, rank, work)
-            for name, mask in zip(names, masks, strict=True)
-        )
+    def _views(self, seen: Iterable[tuple[str, Mask]], rank: int, work: str) -> tuple[VTensor, ...]:
+        return tuple(VTensor(self.logical(name), mask, rank, work) for name, mask in seen)
 
 
 def write(plan: Plan, graph: OpGraph) -> Written:
