@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -26,4 +27,4 @@ def tiny():
 def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `toy_models:<factory>` importable here and in the ranks that tests start."""
     monkeypatch.syspath_prepend(str(HERE))
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)

@@ -5,7 +5,6 @@ and only what lies around is communicated.
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,12 @@ from torch import nn
 from torch.nn import functional
 
 from toolkit import ir, models
-from toolkit.errors import InfeasibleError, UsageError
+from toolkit.errors import InfeasibleError, ToolkitError, UsageError
 from toolkit.hardware import find_cluster
 from toolkit.ir import dims, interpret
-from toolkit.plan import subject
-from toolkit.plan.order import simple
-from toolkit.plan.plan import Axis, Placement, Plan, Stage
-from toolkit.plan.program import Program, Replicate, Split, pattern
+from toolkit.plan import own, subject
+from toolkit.plan.lower.program import local
+from toolkit.plan.program import Program, Replicate, Split
 
 sys.path.append(str(Path(__file__).parent))
 from program_check import check
@@ -168,13 +166,24 @@ def test_slices_alone_never_include_a_dim_with_a_halo():
     assert dims.annotation(program.graph.ops[-1], program.graph) == found
 
 
+def spread(program, dims_of, num):
+    """Part i of every operator on device i: split where named, else replicated."""
+    for op in program.ops():
+        algorithm = Split(dims_of[op.op], num) if op.op in dims_of else Replicate(num)
+        for device, part in enumerate(program.trans(op, algorithm)):
+            program.assign(part, device)
+
+
 def by_rows(program):
-    """Operator -> what it calls an image's rows, from the patches to the first merging; after that
-    a map is one window.
+    """Split an image's rows over two devices, from the patches to the first merging; after that a
+    map is one window.
     """
     rows = program.flow("image_BCII", dim=2)
     chosen = program.ops("patches", ":permute", "patch_norm", "blocks.0", "blocks.1", "blocks.2")
-    return {part.op: rows[part.op] for part in chosen if part.op in rows}
+    assert {"blocks.0.attention:softmax", "blocks.1.attention:softmax", "blocks.1:roll"} <= set(
+        rows
+    )
+    spread(program, {part.op: rows[part.op] for part in chosen if part.op in rows}, 2)
 
 
 def test_swin_by_rows_exchanges_the_shifted_rows_alone():
@@ -185,14 +194,7 @@ def test_swin_by_rows_exchanges_the_shifted_rows_alone():
     weights = interpret.weights(graph, model.build("cpu"))
     tensors = {**weights, **dict(zip(graph.inputs, args, strict=True))}
     program = Program(graph)
-    dims_of = by_rows(program)
-    assert {"blocks.0.attention:softmax", "blocks.1.attention:softmax", "blocks.1:roll"} <= set(
-        dims_of
-    )
-    for op in program.ops():
-        algorithm = Split(dims_of[op.op], 2) if op.op in dims_of else Replicate(2)
-        for device, part in enumerate(program.trans(op, algorithm)):
-            program.assign(part, device)
+    by_rows(program)
     doubles = {
         name: value.detach().double() if value.is_floating_point() else value
         for name, value in tensors.items()
@@ -208,20 +210,24 @@ def test_swin_by_rows_exchanges_the_shifted_rows_alone():
 def test_swin_by_rows_on_two_ranks(two_ranks):
     """The own executor carries the same, with what it recomputes, and as was predicted."""
     swin = subject.load("swin-nano", batch=2)
-    micro = swin.graph.at(batch=1)
-    plan = Plan(
-        strategy="rows",
-        provenance=swin.provenance(two_ranks),
-        mesh=(Axis("data", 1), Axis("context", 2)),
-        placements=(Placement("", "data", "replicate"),),
-        splits=pattern.splits(micro, by_rows(Program(micro)), "context"),
-        stages=(Stage(None, swin.blocks),),
-        microbatches=2,
-        schedule="1f1b",
-        order=simple.one_f_one_b(1, 2).rows,
-    )
-    plans = [plan, replace(plan, recompute=swin.blocks)]
-    for found in check(plans, swin):
-        assert found["rung"] == "program: own executor"
-        sends = [counted["send"] for counted in found["counted"]]
-        assert sends[0] == sends[1]
+    plan = own.plan(by_rows, swin, two_ranks, microbatches=2, recompute=True)
+    (found,) = check([plan], swin)
+    assert found["rung"] == "program: own executor"
+    assert all(counted["send"] for counted in found["counted"])
+
+
+@pytest.mark.slow
+def test_convolutions_by_rows_on_two_ranks(toys, two_ranks):
+    """On two, what is sent forward is received backward; on more, the edges exchange less."""
+    images = subject.load("toy_models:convolutions", batch=2)
+
+    def plan(cluster):
+        return own.plan(
+            lambda program: spread(program, program.flow("image", dim=2), cluster.num_devices),
+            images, cluster,
+        )  # fmt: skip
+
+    check([plan(two_ranks)], images)
+    four = find_cluster("cpux4")
+    with pytest.raises(ToolkitError, match="communicate differently"):
+        local.traffic(plan(four), images.graph, four)

@@ -105,3 +105,30 @@ def evoformer(batch: int = 8):
     config = replace(CONFIGS["evoformer-tiny"], num_layers=4, num_passes=1)
     ids = torch.randint(0, 23, (batch, 4, 8))
     return Evoformer(config), (ids, ids.clone(), torch.randint(0, 64, (batch, 8, 8))), {}
+
+
+class _Windows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.max_pool2d(self.mix(x), 3, 1, 1)
+
+
+class Convolutions(nn.Module):
+    """Windows that overlap, one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Windows() for _ in range(3))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, image: Tensor, targets: Tensor) -> Tensor:
+        for layer in self.layers:
+            image = layer(image)
+        return functional.mse_loss(self.head(image.mean((2, 3))), targets)
+
+
+def convolutions(batch: int = 2):
+    return Convolutions(), (torch.randn(batch, 4, 8, 8), torch.randn(batch, 3)), {}

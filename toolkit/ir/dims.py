@@ -116,7 +116,7 @@ class Annotation:
 
     def partition(self, name: str) -> Partition:
         """Return what splitting along `name` does. Raises UsageError when slices do not do."""
-        if name not in self.splittable:
+        if self.kinds.get(name) not in ("", "+"):
             known = ", ".join(self.splittable) or "none"
             raise UsageError(f"{name!r} of '{self}' cannot be split; these can: {known}")
         reduced = self.kinds[name] == "+"

@@ -1,8 +1,8 @@
 """The language plans are written in: op-trans, op-assign and op-order over an OpGraph.
 
 A `Program` is written, a `FrozenProgram` is the checked result as data. Reading order: part.py
-(what a sub-operator is), select.py, program.py, frozen.py, depend.py, check.py, rules.py, local.py,
-gradient.py.
+(what a sub-operator is), select.py, program.py, frozen.py, depend.py, check.py, rules.py, halo.py,
+local.py, gradient.py.
 """
 
 from toolkit.plan.program.frozen import FrozenProgram, SubOp

@@ -60,7 +60,7 @@ class Program:
         `starts` are inputs, parameters, or patterns of operators whose outputs are meant: `dim` is
         0 for the batch of an input, -1 for the hidden dim that a linear layer makes.
         """
-        return select.flow(self.graph, lambda op: self.annotation(op.name), starts, dim)
+        return select.flow(self.graph, lambda op: self.annotation(op.name), starts, dim, halos=True)
 
     def annotation(self, op: str) -> Annotation:
         """Return along which dims an operator can be divided; printed, it reads like an einsum."""

@@ -47,13 +47,15 @@ def _matching(graph: OpGraph, pattern: str) -> list[str]:
     return found
 
 
-def flow(graph: OpGraph, annotate: Annotate, starts: Iterable[str], dim: int) -> dict[str, str]:
+def flow(
+    graph: OpGraph, annotate: Annotate, starts: Iterable[str], dim: int, *, halos: bool = False
+) -> dict[str, str]:
     """Follow dim `dim` of some tensors through the graph; return operator -> what it calls the dim.
 
     `starts` are inputs and parameters by name, or patterns of operators, whose first outputs are
-    meant. The dim is followed for as long as it can be split, with a halo if need be: an operator
-    that needs it whole is left out, and one that sums over it is the last. Raises UsageError for a
-    name that is unknown.
+    meant. The dim is followed for as long as it can be split, with a halo only if `halos`: an
+    operator that needs it whole is left out, and one that sums over it is the last. Raises
+    UsageError for a name that is unknown.
     """
     marked: dict[str, int] = {}
     found: dict[str, str] = {}
@@ -67,7 +69,8 @@ def flow(graph: OpGraph, annotate: Annotate, starts: Iterable[str], dim: int) ->
     for op in graph.ops:
         annotation = annotate(op)
         names = _called(op, annotation, marked, begun)
-        if len(names) != 1 or annotation.kinds[next(iter(names))] == "^":
+        known = {*annotation.splittable, *(annotation.with_halo if halos else ())}
+        if len(names) != 1 or not names <= known:
             continue
         (found[op.name],) = names
         for name, spec in zip(op.outputs, annotation.outputs, strict=True):
