@@ -89,7 +89,7 @@ def units(
     if plan.offload != "optimizer":
         return found
     # What several axes or microbatches reduce is whole only after the last backward.
-    lands = len(plan.stages) == 1 and (
+    lands = not (len(plan.stages) > 1 or plan.placed("sequence")) and (
         how in ("replicate", "shard") or (how == "shard_optimizer" and plan.size("replica") == 1)
     )
     return {
