@@ -17,6 +17,8 @@ from toolkit.units import GIB, MIB
 
 # Names that mean the machine this runs on.
 THIS = ("this", "cpu")
+# One operator on a host, as generic-cpu's.
+_HOST_OVERHEAD_S = 3e-6
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,15 @@ class _LinkRow:
 
 
 @dataclass(frozen=True)
+class _HostRow:
+    memory_gib: float
+    memory_bandwidth: float
+    float32_flops: float
+    num_cores: int
+    source: str
+
+
+@dataclass(frozen=True)
 class _MachineRow:
     device: str
     num_devices: int
@@ -55,6 +66,7 @@ class _MachineRow:
     link: str
     source: str
     host_link: str | None = None
+    host: str | None = None
     nic: str | None = None
     num_nics: int = 0
     wires: list[tuple[int, int, int]] = field(default_factory=list)
@@ -66,6 +78,7 @@ class Catalogue:
     """Everything that has a name. `aliases` leads from other names to these."""
 
     devices: dict[str, Device]
+    hosts: dict[str, Device]  # what accelerators are plugged into; no machine's devices
     links: dict[str, Link]
     machines: dict[str, Node]
     aliases: dict[str, str]
@@ -74,6 +87,10 @@ class Catalogue:
     def device(self, name: str) -> Device:
         """Return a device by name or alias."""
         return _find("device", name, self.devices, self.aliases)
+
+    def host(self, name: str) -> Device:
+        """Return a host by name."""
+        return _find("host", name, self.hosts, {})
 
     def link(self, name: str) -> Link:
         """Return a link by name."""
@@ -105,21 +122,24 @@ def builtin() -> Catalogue:
 
 
 def extend(base: Catalogue | None, tables: dict[str, Any], *, where: str) -> Catalogue:
-    """Return `base` with the `devices`, `links` and `machines` tables of a TOML file added.
+    """Return `base` with the `devices`, `hosts`, `links` and `machines` of a TOML file added.
 
     Raises UsageError for an unknown key, a wrong value, a name that is taken, or a reference to a
     row that does not exist.
     """
     made = (
         Catalogue(
-            dict(base.devices), dict(base.links), dict(base.machines), dict(base.aliases),
-            dict(base.machine_of),
+            dict(base.devices), dict(base.hosts), dict(base.links), dict(base.machines),
+            dict(base.aliases), dict(base.machine_of),
         )
         if base
-        else Catalogue({}, {}, {}, {}, {})
+        else Catalogue({}, {}, {}, {}, {}, {})
     )  # fmt: skip
     for name, values in tables.get("devices", {}).items():
         _add_device(made, name, config.parse(_DeviceRow, values, where=f"{where} [devices.{name}]"))
+    for name, values in tables.get("hosts", {}).items():
+        host = config.parse(_HostRow, values, where=f"{where} [hosts.{name}]")
+        made.hosts[_free(made, name, where)] = _host(name, host)
     for name, values in tables.get("links", {}).items():
         row = config.parse(_LinkRow, values, where=f"{where} [links.{name}]")
         made.links[_free(made, name, where)] = Link(name=name, **vars(row))
@@ -133,7 +153,7 @@ def extend(base: Catalogue | None, tables: dict[str, Any], *, where: str) -> Cat
 
 
 def _free(made: Catalogue, name: str, where: str) -> str:
-    taken = {*made.devices, *made.links, *made.machines, *made.aliases, *THIS}
+    taken = {*made.devices, *made.hosts, *made.links, *made.machines, *made.aliases, *THIS}
     if name in taken:
         raise UsageError(f"{where}: the name {name!r} is taken", remedy="choose another")
     return name
@@ -163,6 +183,21 @@ def _add_device(made: Catalogue, name: str, row: _DeviceRow) -> None:
         made.machine_of[name] = row.machine
 
 
+def _host(name: str, row: _HostRow) -> Device:
+    return Device(
+        name=name,
+        kind="cpu",
+        memory_bytes=round(row.memory_gib * GIB),
+        memory_bandwidth=row.memory_bandwidth,
+        peak_flops={"float32": row.float32_flops},
+        num_units=row.num_cores,
+        unit_granularity=(1, 1),
+        launch_overhead_s=_HOST_OVERHEAD_S,
+        source=row.source,
+        title=name,
+    )
+
+
 def _add_machine(made: Catalogue, name: str, row: _MachineRow, where: str) -> None:
     made.machines[_free(made, name, where)] = Node(
         name=name,
@@ -171,6 +206,7 @@ def _add_machine(made: Catalogue, name: str, row: _MachineRow, where: str) -> No
         topology=row.topology,  # type: ignore[arg-type]  # Node checks it
         link=made.link(row.link),
         host_link=made.link(row.host_link) if row.host_link else None,
+        host=made.host(row.host) if row.host else None,
         nic=made.link(row.nic) if row.nic else None,
         num_nics=row.num_nics,
         wires=tuple(row.wires),

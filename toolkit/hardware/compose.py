@@ -106,7 +106,14 @@ def part_of(node: Node, num_devices: int, name: str) -> Node:
         # A single device of a wired machine keeps no wire.
         topology=node.topology if wires or node.topology != "wires" else "switch",
         num_nics=max(1, node.num_nics * num_devices // node.num_devices) if node.nic else 0,
+        host=_part_of_host(node.host, num_devices / node.num_devices) if node.host else None,
     )
+
+
+def _part_of_host(host: Device, share: float) -> Device:
+    """The cores, memory and bandwidth of a host that fall to some of its devices."""
+    part = host.sliced(max(1, int(host.num_units * share)), memory_share=share)
+    return replace(part, memory_bandwidth=host.memory_bandwidth * share)
 
 
 def share_cpu(node: Node, num_ranks: int) -> Node:
@@ -144,6 +151,7 @@ class _File:
     name: str = ""
     network: list[dict[str, Any]] = field(default_factory=list)
     devices: dict[str, Any] = field(default_factory=dict)
+    hosts: dict[str, Any] = field(default_factory=dict)
     links: dict[str, Any] = field(default_factory=dict)
     machines: dict[str, Any] = field(default_factory=dict)
 

@@ -37,6 +37,7 @@ class Node:
     `topology`: "switch" gives each device one port of `link`; "mesh" one `link` between every two;
     "wires" lists (device, device, how many links); "shared" is one medium divided among all.
     Devices without a direct path use `host_link`. `nic` is one of `num_nics` ports to the network.
+    `host` is the CPUs and memory that hold the devices, as one device (None: not known).
     """
 
     name: str
@@ -45,6 +46,7 @@ class Node:
     topology: Topology
     link: Link
     host_link: Link | None = None
+    host: Device | None = None
     nic: Link | None = None
     num_nics: int = 0
     wires: tuple[tuple[int, int, int], ...] = ()

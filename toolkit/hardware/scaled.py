@@ -14,7 +14,8 @@ def scaled(
     cluster: Cluster, *, memory: float = 1.0, compute: float = 1.0, bandwidth: float = 1.0
 ) -> Cluster:
     """Return the cluster with these factors on its devices' memory, their arithmetic and memory
-    rates, and the bandwidth of every link (measured collectives included). Latencies stay.
+    rates, and the bandwidth of every link (to the host and measured collectives included).
+    Latencies and hosts stay.
 
     >>> from toolkit.hardware import find_cluster
     >>> scaled(find_cluster("h100x8"), memory=2.0).device(0).memory_bytes // 2**30
@@ -35,7 +36,7 @@ def _node(node: Node, memory: float, compute: float, bandwidth: float) -> Node:
 
     return replace(
         node,
-        device=_device(node.device, memory, compute),
+        device=_device(node.device, memory, compute, bandwidth),
         link=replace(node.link, bandwidth=node.link.bandwidth * bandwidth),
         host_link=faster(node.host_link),
         nic=faster(node.nic),
@@ -43,11 +44,12 @@ def _node(node: Node, memory: float, compute: float, bandwidth: float) -> Node:
     )
 
 
-def _device(device: Device, memory: float, compute: float) -> Device:
+def _device(device: Device, memory: float, compute: float, bandwidth: float) -> Device:
     return replace(
         device,
         memory_bytes=int(device.memory_bytes * memory),
         memory_bandwidth=device.memory_bandwidth * compute,
+        host_bandwidth=device.host_bandwidth * bandwidth,
         peak_flops={dtype: rate * compute for dtype, rate in device.peak_flops.items()},
         unit_rates=tuple(
             replace(

@@ -7,7 +7,7 @@ from collections import Counter
 from toolkit.errors import FormatError, UsageError
 from toolkit.plan.order import deadlock
 from toolkit.plan.order.action import KINDS, Action
-from toolkit.plan.plan import Plan
+from toolkit.plan.plan import DATA_WAYS, Plan
 
 _SHOWN = 3
 
@@ -19,6 +19,9 @@ def check(plan: Plan, *, where: str = "plan") -> None:
     _mesh(plan, where)
     _stages(plan, where)
     _complete(plan, where)
+    fault = offload_fault(plan)
+    if fault is not None:
+        raise FormatError(f"{where}: {fault[0]}", remedy=fault[1])
     try:
         problem = plan.table.problem()
     except UsageError as error:
@@ -27,6 +30,38 @@ def check(plan: Plan, *, where: str = "plan") -> None:
     if faults:
         shown = "; ".join(map(str, faults[:_SHOWN]))
         raise FormatError(f"{where}: the order cannot run: {shown}")
+
+
+def offload_fault(plan: Plan) -> tuple[str, str] | None:
+    """Return why no rung runs the plan's offload, and what to do about it; None where one does.
+
+    The optimizer's update may be on the host under any plan. Parameters are FSDP2's to offload.
+    """
+    if plan.offload != "parameters":
+        return None
+    remedy = "offload the optimizer alone, or"
+    ways = [how for how in DATA_WAYS if plan.placed(how)]
+    if ways != ["shard"]:
+        given = f"as {' and '.join(ways)}" if ways else "not at all"
+        return (
+            f"parameters on the host are shards that are gathered to compute, and {plan.strategy} "
+            f"places units over the data axis {given}",
+            f"{remedy} place every unit as shard (fsdp, hsdp, fsdp-tp)",
+        )
+    if plan.placed("sequence"):
+        return (
+            "parameters on the host do not run with activations split by tokens: their gradients "
+            "are added up over the tensor axis on the device",
+            f"{remedy} place nothing as sequence",
+        )
+    wide = any(len(stage.devices) > 1 or stage.no_grad for stage in plan.stages)
+    if plan.splits or wide or len(plan.stages) > 1 or plan.size("pipeline") > 1:
+        what = "splits of operators" if plan.splits else "stages of a pipeline"
+        return (
+            f"parameters on the host run under FSDP2 alone, not with {what}",
+            f"{remedy} use fsdp, hsdp or fsdp-tp",
+        )
+    return None
 
 
 def _mesh(plan: Plan, where: str) -> None:

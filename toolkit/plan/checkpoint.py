@@ -81,6 +81,7 @@ def load(
         optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
     state = _state(lowered, optimizer)
     dcp_load(state, checkpoint_id=path)
+    lowered.restored()
     return step
 
 

@@ -57,11 +57,15 @@ def _facts(plan: Plan) -> Mapping[str, Any]:
         facts[f"{split.ops} {over}"] = f"{split.dim}" + (f" in {split.parts}" * bool(split.parts))
     for path in plan.recompute:
         facts[f"{path} in backward"] = "run again"
+    if plan.offload != "none":
+        facts["on the host"] = plan.offload
     for position, row in enumerate(plan.order):
         facts[f"order of position {position}"] = " ".join(map(str, row))
     if plan.prediction is not None:
         facts["predicted step_s"] = plan.prediction.step_s
         facts["predicted peak_bytes"] = plan.prediction.peak_bytes
+        if plan.prediction.host_bytes:
+            facts["predicted host_bytes"] = plan.prediction.host_peak_bytes
         facts["predicted bubble"] = plan.prediction.bubble
         for entry_ in plan.prediction.traffic:
             key = f"predicted {entry_.kind} of position {entry_.position}"

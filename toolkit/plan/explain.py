@@ -13,8 +13,10 @@ from toolkit.hardware import Cluster
 from toolkit.hardware.scaled import scaled
 from toolkit.plan import predict
 from toolkit.plan.plan import Alternative, Plan, Prediction
+from toolkit.plan.predict.costs import Costs
 from toolkit.plan.predict.simulate import Run
 from toolkit.plan.subject import Subject
+from toolkit.units import format_bytes, format_seconds
 
 # How much better hardware is asked for.
 _MORE = 1.1
@@ -31,7 +33,7 @@ class Spent:
 
     position: int
     compute_s: float
-    exposed_s: float  # communicating while nothing is computed
+    exposed_s: float  # communicating, or waiting for the host, while nothing is computed
     waiting_s: float
 
 
@@ -46,7 +48,9 @@ class Change:
 
 @dataclass(frozen=True)
 class Explanation:
-    """`binding` names what the plan is limited by; `runner_up` is the best that fits beside it."""
+    """`binding` names what the plan is limited by; `runner_up` is the best that fits beside it.
+    `offload` says what is on the host and what that takes; "" where nothing is.
+    """
 
     prediction: Prediction
     spent: tuple[Spent, ...]
@@ -54,6 +58,7 @@ class Explanation:
     runner_up: Alternative | None
     fastest_unfit: Alternative | None
     changes: tuple[Change, ...]
+    offload: str = ""
 
 
 def explain(
@@ -97,6 +102,7 @@ def explain(
         runner_up=runner_up,
         fastest_unfit=min(unfit, key=_step, default=None),
         changes=tuple(changes),
+        offload=_offload(plan, here, run, cluster),
     )
 
 
@@ -115,6 +121,25 @@ def spending(run: Run) -> tuple[Spent, ...]:
         exposed_s = either_s - compute_s + inside_s
         found.append(Spent(rank, compute_s - inside_s, exposed_s, run.step_s - either_s))
     return tuple(found)
+
+
+def _offload(plan: Plan, here: Prediction, run: Run, cluster: Cluster) -> str:
+    """What is on the host, what it takes there, and whose figures these are."""
+    if plan.offload == "none":
+        return ""
+    if not here.host_bytes:
+        return f"{plan.offload} on the host, which is the device: nothing is saved"
+    first = min(task.rank for task, _, _ in run.tasks)
+    copies_s, updates_s = (
+        sum(task.seconds for task, _, _ in run.tasks if (task.rank, task.stream) in wanted)
+        for wanted in ({(first, "down"), (first, "up")}, {(first, "host")})
+    )
+    host = Costs(plan, cluster).host(0)
+    return (
+        f"{plan.offload} on the host: {format_bytes(here.host_peak_bytes)} of "
+        f"{format_bytes(here.host_limit_bytes)} a device; copies take {format_seconds(copies_s)} "
+        f"and the update there {format_seconds(updates_s)}, predicted ({host.name}: {host.source})"
+    )
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:

@@ -57,6 +57,8 @@ def check(plan: Plan, form: str) -> None:
         reasons.append("runs a stage on several positions of the pipeline")
     if any(stage.no_grad for stage in plan.stages):
         reasons.append("has passes without gradient")
+    if plan.offload == "optimizer":
+        reasons.append("updates on the host what stays on the device")
     if reasons:
         raise UsageError(
             f"{form} cannot express this plan: it {' and '.join(reasons)}",
@@ -98,6 +100,8 @@ def _torchtitan(plan: Plan) -> Export:
     }
     if "tokens" in sizes:
         training["seq_len"] = sizes["tokens"]
+    if plan.offload == "parameters":
+        training["enable_cpu_offload"] = True
     mode = "full" if plan.recompute else "none"
     tables = {
         "training": training,
@@ -147,6 +151,7 @@ def _accelerate(plan: Plan, classes: Mapping[str, str]) -> Export:
                 dict.fromkeys(classes[path] for path in plan.placed("shard") if path)
             ),
             "fsdp_activation_checkpointing": bool(plan.recompute),
+            "fsdp_offload_params": plan.offload == "parameters",
         }
     if plan.size("replica") > 1 or plan.size("context") > 1:
         body["parallelism_config"] = {

@@ -30,6 +30,13 @@ How = Literal[
     "sequence",
 ]
 DATA_WAYS: tuple[How, ...] = ("replicate", "shard_optimizer", "shard_gradients", "shard")
+# What lives in the memory of the host instead of the device's:
+Offload = Literal[
+    "none",
+    "optimizer",  # the moments and the update: gradients go down, new parameters come up
+    "parameters",  # also the shards: a unit comes up to be gathered, its gradients go down
+]
+OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "parameters")
 
 # Unknown keys in a file are errors (read by pydantic in io.py).
 _STRICT = {"extra": "forbid"}
@@ -129,7 +136,9 @@ class Prediction:
 
     `mfu` is model FLOPs / (step time x devices x peak); `bubble` the share of the schedule in
     which the average device computes nothing; `memory_bytes` holds, for a rank at each position of
-    the pipeline axis, bytes by category at the peak.
+    the pipeline axis, bytes by category at the peak. `host_bytes` is what it keeps beside that on
+    the host, of which its device's part is `host_limit_bytes`; empty where nothing is offloaded or
+    the device is the host.
     """
 
     __pydantic_config__ = _STRICT
@@ -140,6 +149,8 @@ class Prediction:
     memory_bytes: tuple[Mapping[str, int], ...]
     memory_limit_bytes: int
     traffic: tuple[Traffic, ...]
+    host_bytes: tuple[int, ...] = ()
+    host_limit_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -148,7 +159,14 @@ class Prediction:
 
     @property
     def fits(self) -> bool:
-        return self.peak_bytes <= self.memory_limit_bytes
+        return self.peak_bytes <= self.memory_limit_bytes and (
+            self.host_peak_bytes <= self.host_limit_bytes
+        )
+
+    @property
+    def host_peak_bytes(self) -> int:
+        """What the fullest rank keeps on the host."""
+        return max(self.host_bytes, default=0)
 
 
 @dataclass(frozen=True)
@@ -172,8 +190,8 @@ class Plan:
 
     `order` holds a row of actions for each position of the pipeline axis, in the order they are
     run; `schedule` names the family it is of (order/families.py), or is "custom". Modules in
-    `recompute` keep only their inputs in forward, and run again in backward. `considered` is what
-    else was weighed when it was made.
+    `recompute` keep only their inputs in forward, and run again in backward. `offload` says what
+    lives on the host. `considered` is what else was weighed when it was made.
     """
 
     __pydantic_config__ = _STRICT
@@ -187,6 +205,7 @@ class Plan:
     order: Rows
     splits: tuple[Split, ...] = ()
     recompute: tuple[str, ...] = ()
+    offload: Offload = "none"
     seed: int = 0
     prediction: Prediction | None = None
     considered: tuple[Alternative, ...] = ()

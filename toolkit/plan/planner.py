@@ -14,9 +14,10 @@ from toolkit.cost.calibration import Calibration
 from toolkit.cost.memory import Ledger
 from toolkit.errors import InfeasibleError, unknown_name
 from toolkit.hardware import Cluster
-from toolkit.plan import library, own, predict
-from toolkit.plan.plan import Alternative, Plan
+from toolkit.plan import check, library, own, predict
+from toolkit.plan.plan import Alternative, Offload, Plan
 from toolkit.plan.subject import Subject
+from toolkit.units import format_bytes
 
 AUTO = "auto"
 # What every strategy takes.
@@ -31,6 +32,7 @@ def make(
     num_ranks: int | None = None,
     microbatches: int | None = None,
     recompute: bool = False,
+    offload: Offload = "none",
     memory_limit_bytes: int | None = None,
     calibration: Calibration | None = None,
     **degrees: int | None,
@@ -38,8 +40,9 @@ def make(
     """Return the plan of one strategy, predicted on `cluster`.
 
     `degrees` are what only some strategies take (`data=2` beside a pipeline). Raises UsageError
-    for an unknown strategy, and InfeasibleError with the numbers when it cannot be made or needs
-    more memory than a device has (or `memory_limit_bytes`, when less).
+    for an unknown strategy, and InfeasibleError with the numbers when it cannot be made, no rung
+    runs it with this `offload`, or it needs more memory than a device has (or
+    `memory_limit_bytes`, when less).
     """
     predict.check_fits(num_ranks or 1, cluster)
     write = library.find(strategy)
@@ -54,7 +57,7 @@ def make(
         **{name: degree for name, degree in degrees.items() if degree is not None},
     }
     plan = _predicted(
-        write(subject, cluster, **options),
+        offloaded(write(subject, cluster, **options), offload),
         subject,
         cluster,
         memory_limit_bytes,
@@ -93,6 +96,7 @@ def choose(
     num_ranks: int | None = None,
     microbatches: int | None = None,
     recompute: bool = False,
+    offload: Offload = "none",
     memory_limit_bytes: int | None = None,
     calibration: Calibration | None = None,
     progress: Callable[[str], None] = lambda strategy: None,
@@ -111,6 +115,7 @@ def choose(
                 subject, cluster,
                 num_ranks=num_ranks, microbatches=microbatches, recompute=recompute,
             )  # fmt: skip
+            made = offloaded(made, offload)
             plan = _predicted(made, subject, cluster, memory_limit_bytes, calibration)
         except InfeasibleError as error:
             others.append(Alternative(strategy, None, None, str(error)))
@@ -125,11 +130,20 @@ def choose(
         reasons = "; ".join(f"{other.description}: {other.reason}" for other in others)
         raise InfeasibleError(
             f"no strategy fits {subject.model} on {cluster.name}: {reasons}",
-            remedy="use a larger cluster, a smaller batch, or --recompute",
+            remedy="use a larger cluster, a smaller batch, --recompute or --offload",
         )
     plans.sort(key=lambda plan: plan.prediction.step_s if plan.prediction else 0.0)
     best, *slower = plans
     return replace(best, considered=(*map(as_alternative, slower), *others))
+
+
+def offloaded(plan: Plan, offload: Offload) -> Plan:
+    """Return the plan with what `offload` names on the host; InfeasibleError if no rung runs it."""
+    plan = replace(plan, offload=offload)
+    fault = check.offload_fault(plan)
+    if fault is not None:
+        raise InfeasibleError(fault[0], remedy=fault[1])
+    return plan
 
 
 def as_alternative(plan: Plan, reason: str = "") -> Alternative:
@@ -147,6 +161,13 @@ def check_memory(plan: Plan) -> None:
             ledger = ledger.add(name, name, num_bytes)  # type: ignore[arg-type]
         where = f"a rank at position {position} under {plan.strategy}"
         ledger.check(plan.prediction.memory_limit_bytes, where=where)
+    kept, limit = plan.prediction.host_peak_bytes, plan.prediction.host_limit_bytes
+    if kept > limit:
+        raise InfeasibleError(
+            f"a rank under {plan.strategy} keeps {format_bytes(kept)} on the host, whose part for "
+            f"each device is {format_bytes(limit)}",
+            remedy="shard more (zero-1, fsdp), use more machines, or offload less",
+        )
 
 
 def _predicted(

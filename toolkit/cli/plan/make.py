@@ -10,7 +10,7 @@ from rich.console import Group
 
 from toolkit.cli import view
 from toolkit.cli.plan import again, picture
-from toolkit.errors import UsageError
+from toolkit.errors import UsageError, unknown_name
 from toolkit.units import parse_bytes
 
 
@@ -51,6 +51,10 @@ def make(
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Run each block's forward again in backward.")
     ] = False,
+    offload: Annotated[
+        str,
+        typer.Option(help="What lives on the host: none, optimizer, or parameters (with shards)."),
+    ] = "none",
     memory: Annotated[
         str | None, typer.Option(help="Limit a rank's memory, e.g. 4GiB; default: the device's.")
     ] = None,
@@ -70,8 +74,11 @@ def make(
     from toolkit.hardware import find_cluster
     from toolkit.models import factory
     from toolkit.plan import io, library, planner, predict, subject
+    from toolkit.plan.plan import OFFLOADS
     from toolkit.timeline import files
 
+    if offload not in OFFLOADS:
+        raise unknown_name("offload", offload, OFFLOADS)
     where = find_cluster(cluster)
     degrees = _degrees(degree or [])
     if program and (degrees or ranks or strategy != planner.AUTO):
@@ -89,6 +96,7 @@ def make(
         "num_ranks": ranks,
         "microbatches": microbatches,
         "recompute": recompute,
+        "offload": offload,
         "memory_limit_bytes": parse_bytes(memory) if memory else None,
         "calibration": again.calibration(calibration),
     }

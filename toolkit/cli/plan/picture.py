@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from toolkit.plan.plan import Plan
 
 _SHOWN = 4
+_OFFLOADED = {
+    "none": "nothing",
+    "optimizer": "the optimizer's states and update",
+    "parameters": "parameters, gradients, the optimizer's states and update",
+}
 
 
 def summary(plan: Plan) -> list[Any]:
@@ -27,6 +32,7 @@ def summary(plan: Plan) -> list[Any]:
         ["splits", _splits(plan)],
         ["stages", _stages(plan)],
         ["recompute", f"{len(plan.recompute)} blocks" if plan.recompute else "nothing"],
+        ["on the host", _OFFLOADED[plan.offload]],
     ]
     shown: list[Any] = [view.table(f"Plan: {plan.strategy}", ["what", "value"], rows)]
     if prediction is None:
@@ -42,6 +48,14 @@ def summary(plan: Plan) -> list[Any]:
             f"{format_bytes(prediction.memory_limit_bytes)}",
         ],
     ]
+    if prediction.host_bytes:
+        numbers.append(
+            [
+                "memory of its host, a device's part",
+                f"{format_bytes(prediction.host_peak_bytes)} of "
+                f"{format_bytes(prediction.host_limit_bytes)}",
+            ]
+        )
     totals = [sum(entries.values()) for entries in prediction.memory_bytes]
     fullest = totals.index(max(totals))
     memory = [[name, format_bytes(size)] for name, size in prediction.memory_bytes[fullest].items()]

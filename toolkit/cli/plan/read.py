@@ -108,6 +108,7 @@ def _explained(plan: Plan, found: Explanation) -> list[Any]:
     limit = format_bytes(found.prediction.memory_limit_bytes)
     return [
         f"{plan.strategy} is bound by {found.binding}",
+        *([found.offload] if found.offload else []),
         "",
         view.table(
             "Where the step goes, predicted",

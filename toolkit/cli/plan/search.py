@@ -51,8 +51,8 @@ def search(
 ) -> None:
     """Search the plan with the shortest predicted step that fits, over everything that can vary.
 
-    Meshes, microbatches, schedules, stages, sharding, recomputation, and how each operator is
-    split. Nothing is run. When nothing fits, exits with 3 and says what came nearest.
+    Meshes, microbatches, schedules, stages, sharding, recomputation, offload, and how each operator
+    is split. Nothing is run. When nothing fits, exits with 3 and says what came nearest.
 
     Example: toolkit plan search gpt-tiny --cluster cpux2 --batch 16 -o plan.json
     """

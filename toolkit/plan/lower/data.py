@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from toolkit.plan.lower.lowered import whole
+from toolkit.plan.lower.lowered import Landed, whole
 
 # Parameters by their path in the whole model.
 Named = Mapping[str, nn.Parameter]
@@ -25,6 +25,8 @@ class Gradients(ABC):
 
     The loss has been divided by the microbatches and the ranks, so that sums are means.
     """
+
+    landed: Landed | None = None  # called with what is reduced once, before it is waited for
 
     @abstractmethod
     def zero(self) -> None:
@@ -105,7 +107,7 @@ class Buckets(Gradients):
     def settle(self, *, last: bool) -> None:
         if last:
             for bucket in self.buckets:
-                bucket.finish()
+                bucket.finish(self.landed)
 
 
 class Bucket:
@@ -142,11 +144,13 @@ class Bucket:
     def _launch(self) -> None:
         self._work = dist.all_reduce(self.flat, group=self.group, async_op=True)
 
-    def finish(self) -> None:
+    def finish(self, landed: Landed | None) -> None:
         """Wait for the reduction; start it first if some parameter took no part in the loss."""
         if self._work is None:
             self._launch()
         assert self._work is not None
+        if landed is not None:
+            landed(self._work, self.parameters)
         self._work.wait()
         self._work, self.armed = None, False
 

@@ -4,6 +4,7 @@ native    FSDP2, DTensor and buckets of gradients: plans without stages or split
 schedule  torch's pipeline runtime with the plan's own table: stages, one a position
 program   our executor: splits of operators, stages on several positions or without gradients,
           pipelines whose stages are split over tensor or context
+Over any of them the optimizer may be on the host (host.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from toolkit.errors import UsageError
+from toolkit.plan.check import offload_fault
 from toolkit.plan.lower.lowered import Batch, Lowered
 from toolkit.plan.lower.recorder import Recorder
 from toolkit.plan.plan import Plan
@@ -44,6 +47,13 @@ def lower(
     Raises UsageError for a plan that its rung cannot run.
     """
     # Imported when needed: a rung's own imports are heavy.
+    fault = offload_fault(plan)
+    if fault is not None:
+        raise UsageError(fault[0], remedy=fault[1])
     lowering: Any = importlib.import_module(_MODULES[rung(plan)])
     lowered: Lowered = lowering.lower(plan, module, mesh, recorder, example)
+    if plan.offload == "optimizer":
+        from toolkit.plan.lower.host import OnHost
+
+        return OnHost(lowered)
     return lowered

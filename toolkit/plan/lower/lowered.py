@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -16,6 +17,9 @@ from toolkit.plan.plan import Plan
 
 # One batch by input name; the samples lie along dim 0.
 Batch = Mapping[str, Tensor]
+# Told of parameters whose gradients are final: after a reduction under way, or after what is queued
+# already (None).
+Landed = Callable[["dist.Work | None", Iterable[nn.Parameter]], None]
 
 
 class Lowered(ABC):
@@ -52,8 +56,8 @@ class Lowered(ABC):
 
     def optimizer_parameters(self) -> dict[str, nn.Parameter]:
         """Return what this rank's optimizer updates, by path; their gradients are there after
-        `step`. Under ZeRO-1 and 2 these are flat pieces of the parameters, else the trained ones
-        themselves.
+        `step`. Under ZeRO-1 and 2 these are flat pieces of the parameters, with the optimizer on
+        the host copies there, else the trained ones themselves.
         """
         return {
             name: parameter
@@ -63,6 +67,12 @@ class Lowered(ABC):
 
     def after_update(self) -> None:  # noqa: B027 (most rungs have nothing to do)
         """Make `parameters` whole again after the optimizer's step. All ranks must call this."""
+
+    def lands(self, landed: Landed) -> None:  # noqa: B027 (most rungs do not know)
+        """Have `landed` called for gradients as soon as the step has reduced them."""
+
+    def restored(self) -> None:  # noqa: B027 (most rungs have no copies)
+        """`parameters` were written from outside, as from a checkpoint."""
 
     def saved(self, name: str, value: Tensor) -> Any:
         """Return `value`, which lies as `optimizer_parameters()[name]` does, as a checkpoint keeps
@@ -99,4 +109,9 @@ def loss_of(output: Any) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """Return the whole of a split tensor. All ranks must call this together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # Shards on the host are gathered by the devices.
+    shards = tensor.to(tensor.device_mesh.device_type)
+    assert isinstance(shards, DTensor)
+    return shards.full_tensor()

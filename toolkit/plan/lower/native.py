@@ -2,7 +2,8 @@
 
 The axes compose. Over `tensor`, Linears are split (tensor.py). Over `data` and `replica` the
 batch is divided, and each unit's parameters are replicated (data.py), sharded for the update
-(zero.py), or sharded throughout (FSDP2; with a replica axis, its hybrid sharding).
+(zero.py), or sharded throughout (FSDP2; with a replica axis, its hybrid sharding; with parameters
+offloaded, its CPUOffloadPolicy, which has never run on a GPU from here).
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from toolkit.errors import UsageError
 from toolkit.plan.lower import groups, tensor
 from toolkit.plan.lower.data import Buckets, Gradients
-from toolkit.plan.lower.lowered import Batch, Lowered, loss_of
+from toolkit.plan.lower.lowered import Batch, Landed, Lowered, loss_of
 from toolkit.plan.lower.recorder import Recorder
 from toolkit.plan.lower.zero import Zero
 from toolkit.plan.plan import DATA_WAYS, How, Plan
@@ -61,6 +62,8 @@ class Native(Lowered):
             group = groups.along(plan, ("replica", "data"), mesh)
             self._gradients = Buckets(self.parameters, _on_data(plan, way), group)
         rungs = [*([self._tensor.rung] if self._tensor else []), *([_RUNGS[way]] if way else [])]
+        if plan.offload == "parameters":
+            rungs.append("CPUOffloadPolicy")
         self.rung = f"native: {' + '.join(rungs) or 'one device'}"
 
     def step(self, batch: Batch) -> Tensor:
@@ -115,6 +118,16 @@ class Native(Lowered):
         if isinstance(self._gradients, Zero):
             with self.recorder.span("gather parameters", "all_gather"):
                 self._gradients.after_update()
+
+    def lands(self, landed: Landed) -> None:
+        if self.plan.placed("sequence"):
+            return  # what saw a part of the tokens is added up after it was reduced
+        if self._gradients:
+            self._gradients.landed = landed
+        elif self._sharded:
+            # FSDP2 calls these hooks where it has reduced a gradient, once a step.
+            for parameter in super().optimizer_parameters().values():
+                parameter.register_post_accumulate_grad_hook(lambda one: landed(None, [one]))
 
     def saved(self, name: str, value: Tensor) -> Any:
         if isinstance(self._gradients, Zero):
@@ -188,9 +201,12 @@ def _fully_shard(plan: Plan, module: nn.Module, mesh: DeviceMesh) -> tuple[FSDPM
     """Shard every unit, inner ones first; over replica x data it is hybrid sharding."""
     names = ("replica", "data") if plan.size("replica") > 1 else ("data",)
     over = mesh[names] if len(plan.mesh) > len(names) else mesh
+    policy = OffloadPolicy()
+    if plan.offload == "parameters":
+        policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     found = []
     for path in sorted(_on_data(plan, "shard"), key=len, reverse=True):
-        unit = fully_shard(module.get_submodule(path), mesh=over)
+        unit = fully_shard(module.get_submodule(path), mesh=over, offload_policy=policy)
         assert isinstance(unit, FSDPModule)
         found.append(unit)
     return tuple(found)

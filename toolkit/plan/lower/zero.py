@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from toolkit.plan.lower.compat import relocate
 from toolkit.plan.lower.data import Gradients, Named, by_dtype, like, local, units
-from toolkit.plan.lower.lowered import whole
+from toolkit.plan.lower.lowered import Landed, whole
 from toolkit.plan.lower.piece import Piece
 
 
@@ -66,7 +66,7 @@ class Zero(Gradients):
     def settle(self, *, last: bool) -> None:
         if last or self.shard_gradients:
             for unit in self.units:
-                unit.finish()
+                unit.finish(self.landed)
             self._flying = None
 
     def after_update(self) -> None:
@@ -148,13 +148,15 @@ class Unit:
         """Reduce in the backward that follows."""
         self._armed, self._waiting = True, len(self.parameters)
 
-    def finish(self) -> None:
+    def finish(self, landed: Landed | None = None) -> None:
         """Wait for the reduction; start it first if some parameter took no part in the loss."""
         if not self._armed:
             return  # finished already
         if self._work is None:
             self._launch()
         assert self._work is not None
+        if landed is not None and self.replicas is None and not self.shard_gradients:
+            landed(self._work, self.pieces.values())
         self._work.wait()
         if self.replicas is not None:
             dist.all_reduce(self._arrived, group=self.replicas)

@@ -25,8 +25,10 @@ def predict(
     """
     check_fits(plan.num_ranks, cluster)
     made = scripted(plan, subject, cluster, calibration=calibration)
+    model = costs.Costs(plan, cluster)
     run = simulate.run(events.tasks(made))
     flops = costs.model_flops(subject.graph)
+    host_bytes = memory.on_host(made)
     peak = sum(cluster.device(rank).peak(plan.provenance.dtype) for rank in range(plan.num_ranks))
     return replace(
         plan,
@@ -40,8 +42,15 @@ def predict(
                 cluster.device(rank).memory_bytes for rank in range(plan.num_ranks)
             ),
             traffic=traffic.predict(made),
+            host_bytes=host_bytes,
+            host_limit_bytes=_host_limit(model) if host_bytes else 0,
         ),
     )
+
+
+def _host_limit(model: costs.Costs) -> int:
+    """The least that a device has of its host's memory."""
+    return min(model.host_bytes(position) for position in range(len(model.ranks)))
 
 
 def simulated(

@@ -10,6 +10,7 @@ from typing import Literal
 from toolkit.cost import collective, roofline
 from toolkit.cost.calibration import Calibration
 from toolkit.cost.work import Work
+from toolkit.errors import UsageError
 from toolkit.hardware import Cluster
 from toolkit.hardware.device import Device
 from toolkit.ir import backward, formulas
@@ -18,12 +19,15 @@ from toolkit.plan import chain
 from toolkit.plan.plan import AxisName, Plan
 
 # What takes place on one rank side by side. Collectives inside a machine and across machines use
-# different wires on GPU clusters; messages between stages overtake both.
-Stream = Literal["compute", "network", "fabric", "peer"]
+# different wires on GPU clusters; messages between stages overtake both. Copies to the host and
+# back pass each other; the host computes beside the device.
+Stream = Literal["compute", "network", "fabric", "peer", "down", "up", "host"]
 
 # AdamW reads parameter, gradient and both moments, writes all but the gradient, and does about
 # 12 FLOPs an element (Loshchilov and Hutter 2019, algorithm 2).
 _ADAMW_FLOPS, _ADAMW_READS, _ADAMW_WRITES = 12, 4, 3
+# Between a device and its host; no traffic between ranks.
+COPY = "copy"
 # What a calibration calls the update, and what torch's ways of splitting add: for each Linear that
 # is a DTensor and each way, for each split parameter updated, for what FSDP2 gathers and reduces.
 UPDATE = "AdamW"
@@ -77,6 +81,43 @@ class Costs:
     @property
     def is_cpu(self) -> bool:
         return self.cluster.device(0).kind == "cpu"
+
+    def host(self, position: int) -> Device:
+        """Return what the devices of a position are plugged into: a CPU is its own host.
+
+        Raises UsageError where the machine's row names none.
+        """
+        node = self.cluster.place(self.ranks[position]).node
+        if node.device.kind == "cpu":
+            return node.device
+        if node.host is None:
+            raise UsageError(
+                f"machine {node.name} has no host to offload to",
+                remedy="name one in its row (docs/howto/add-a-device.md), or offload nothing",
+            )
+        return node.host
+
+    def host_bytes(self, position: int) -> int:
+        """Return a device's part of its host's memory."""
+        node = self.cluster.place(self.ranks[position]).node
+        return self.host(position).memory_bytes // node.num_devices
+
+    def copy(self, way: Literal["down", "up"], num_bytes: int, position: int) -> Call:
+        """Return a copy from a device to its host, or back, while all devices there do the same."""
+        if self.is_cpu:
+            work = Work("copy", read_bytes=num_bytes, write_bytes=num_bytes)
+            return Call(COPY, num_bytes, self.seconds(work, position), "compute")
+        place = self.cluster.place(self.ranks[position])
+        users, _ = self._place(self.ranks[position : position + 1])
+        link = place.node.host_link or place.node.link
+        rate = place.node.device.host_bandwidth / (users if link.shared else 1)
+        rate = min(rate, self.host(position).memory_bandwidth / users)
+        return Call(COPY, num_bytes, link.latency_s + num_bytes / rate, way)
+
+    @property
+    def update_stream(self) -> Stream:
+        """Where the optimizer runs."""
+        return "compute" if self.plan.offload == "none" or self.is_cpu else "host"
 
     def seconds(self, work: Work, position: int) -> float:
         return roofline.seconds(work, self.devices[position], calibration=self.calibration)
@@ -150,10 +191,14 @@ class Costs:
 
     def update_s(self, parameter_bytes: float, position: int, *, num_split: int = 0) -> float:
         """Seconds of the AdamW update of that many bytes of parameters, `num_split` of which are
-        DTensors.
+        DTensors. On a host, all devices there wait for theirs.
         """
         if not parameter_bytes:
             return 0.0
+        if self.update_stream == "host":
+            users, _ = self._place(self.ranks[position : position + 1])
+            work = update(users * parameter_bytes, self.plan.provenance.dtype)
+            return roofline.seconds(work, self.host(position))
         work = update(parameter_bytes, self.plan.provenance.dtype)
         seconds = self._operator_s(UPDATE, (work,), position)
         return seconds + num_split * self.added_s(SPLIT_UPDATE)

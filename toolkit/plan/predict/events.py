@@ -11,6 +11,7 @@ from toolkit.plan.predict.costs import Call
 from toolkit.plan.predict.passes import Step
 from toolkit.plan.predict.script import Held, Script, Use
 from toolkit.plan.predict.simulate import Task
+from toolkit.plan.predict.units import Unit
 
 _GROUPS = {"F": "forward", "B": "backward", "I": "backward", "W": "backward"}
 
@@ -18,7 +19,7 @@ _GROUPS = {"F": "forward", "B": "backward", "I": "backward", "W": "backward"}
 def tasks(script: Script) -> Iterator[Task]:
     """Yield the tasks of one step. A task with key (action, position) ends each action."""
     present = dict.fromkeys(action for row in script.order.rows for action in row)
-    reduced: dict[int, list[Hashable]] = {}
+    reduced: dict[int, dict[str, Hashable]] = {}
     for position, row in enumerate(script.order.rows):
         made = _Row(script, position, present)
         for action in row:
@@ -29,11 +30,11 @@ def tasks(script: Script) -> Iterator[Task]:
         yield from _finish(script, position, reduced[position])
 
 
-def _finish(script: Script, position: int, reduced: list[Hashable]) -> Iterator[Task]:
+def _finish(script: Script, position: int, reduced: dict[str, Hashable]) -> Iterator[Task]:
     """Add up what several positions hold, update, and make the updated units whole again."""
     rank = script.ranks[position]
     rows = script.order.rows
-    waits = [*reduced, *((action, position) for action in rows[position][-1:])]
+    waits = [*reduced.values(), *((action, position) for action in rows[position][-1:])]
     for shared in script.sums:
         if position in shared.positions:
             ends = tuple((rows[place][-1], place) for place in shared.positions)
@@ -42,14 +43,41 @@ def _finish(script: Script, position: int, reduced: list[Hashable]) -> Iterator[
             label = f"sum {shared.name}"
             yield Task(key, rank, call.stream, call.seconds, call.kind, ends, label)
             waits.append(key)
+    units = [unit for unit in script.units(position) if unit.updated_bytes]
+    down = list(_copies_down(script, position, units, reduced, waits))
+    yield from down
     key = ("update", position)
     seconds = script.update_s[position] if script.update_s else 0.0
-    yield Task(key, rank, "compute", seconds, "optimizer", tuple(waits), "update")
-    for unit in script.units(position):
-        for number, call in enumerate(unit.after_update):
+    needed = (*waits, *(task.key for task in down))
+    yield Task(key, rank, script.update_stream, seconds, "optimizer", needed, "update")
+    for unit in units:
+        before: Hashable = key
+        for number, call in enumerate((*unit.up, *unit.after_update)):
             own = ("after update", unit.name, number, position)
             label = f"{call.kind} {unit.name or 'root'}"
-            yield Task(own, rank, call.stream, call.seconds, "optimizer", (key,), label)
+            yield Task(own, rank, call.stream, call.seconds, "optimizer", (before,), label)
+            before = own
+
+
+def _copies_down(
+    script: Script,
+    position: int,
+    units: list[Unit],
+    reduced: dict[str, Hashable],
+    waits: list[Hashable],
+) -> Iterator[Task]:
+    """Gradients go to a host that updates: a unit's once they are reduced, where it is known when
+    that is, and beside what the device computes.
+    """
+    rank = script.ranks[position]
+    ends = list(reduced)
+    for unit in sorted(units, key=lambda one: ends.index(one.name) if one.name in ends else -1):
+        alone = unit.lands and script.prefetch and unit.name in reduced
+        needed = (reduced[unit.name],) if alone else tuple(waits)
+        for call in unit.down:
+            key = ("down", unit.name, position)
+            label = f"gradients of {unit.name or 'root'} to the host"
+            yield Task(key, rank, call.stream, call.seconds, "optimizer", needed, label)
 
 
 class _Row:
@@ -60,7 +88,7 @@ class _Row:
         self.position = position
         self.present = present
         self.rank = script.ranks[position]
-        self.reduced: list[Hashable] = []
+        self.reduced: dict[str, Hashable] = {}  # unit -> the end of its last reduction
         self._alone: dict[tuple[int, str], tuple[float, float]] = {}
         row = self.row = script.order.rows[position]
         # The action that completes a stage's gradients here.
@@ -151,9 +179,10 @@ class _Row:
                 if use.unit.reduce and use.first == index and self._reduces(use, action):
                     key = ("reduce", use.unit.name, action, self.position)
                     yield from self._chain(key, use.unit.reduce, (end,), "", use)
-                    self.reduced.append((key, len(use.unit.reduce) - 1))
+                    done = (key, len(use.unit.reduce) - 1)
+                    self._note(use.unit.name, done)
                     if use.unit.gather and not self.script.prefetch:
-                        following.append(self.reduced[-1])
+                        following.append(done)
             ends.append(tuple(following))
 
     def put_off(self) -> Iterator[Task]:
@@ -164,7 +193,11 @@ class _Row:
                     key = ("reduce", use.unit.name, stage, self.position)
                     ends = tuple((a, self.position) for a in self.row[-1:])
                     yield from self._chain(key, use.unit.reduce, ends, "", use)
-                    self.reduced.append((key, len(use.unit.reduce) - 1))
+                    self._note(use.unit.name, (key, len(use.unit.reduce) - 1))
+
+    def _note(self, unit: str, end: Hashable) -> None:
+        self.reduced.pop(unit, None)  # the latest goes last
+        self.reduced[unit] = end
 
     def _reduces(self, use: Use, action: Action) -> bool:
         if action.stage in self.halved:

@@ -24,7 +24,7 @@ from toolkit.plan.predict.alive import Alive, Life
 from toolkit.plan.predict.costs import Call, Costs
 from toolkit.plan.predict.passes import Piece, Step, Steps
 from toolkit.plan.predict.script import Held, Script, Sum, Transfer, Use
-from toolkit.plan.predict.units import Unit
+from toolkit.plan.predict.units import Unit, updated_on_host
 
 
 def of(plan: Plan, graph: OpGraph, costs: Costs) -> Script:
@@ -55,6 +55,9 @@ def of(plan: Plan, graph: OpGraph, costs: Costs) -> Script:
             sum(one.num_bytes for one in reduce.reductions(walk, rank)) for rank in costs.ranks
         ),
         prefetch=not costs.is_cpu,
+        offload=plan.offload,
+        update_stream=costs.update_stream,
+        apart=not costs.is_cpu,
         traffic=executor.traffic_of(walk),
     )
 
@@ -88,6 +91,8 @@ class _Reader:
         whole = sum(tensor.num_bytes for tensor in tensors)
         trained = sum(tensor.num_bytes for tensor in tensors if tensor.requires_grad)
         unit = Unit("", tuple(tensors), whole, trained, trained, trained)
+        if self.plan.offload == "optimizer":
+            unit = updated_on_host(unit, self.costs, position)
         return (Use(unit, 0, 0),)
 
     def sums(self) -> Iterator[Sum]:

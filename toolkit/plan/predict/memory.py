@@ -1,8 +1,9 @@
 """What the ranks of a plan hold over a step, after every action and at the fullest operator.
 
-A rank holds parameters, AdamW's moments and (depending on the way) gradients all along; each
-microbatch's saved activations from its forward to its backward; and, while a piece runs, what
-passes through it. The peak is taken over time: it is no sum of the parts' own peaks.
+A rank holds parameters, AdamW's moments (depending on what is offloaded) and (depending on the way)
+gradients all along; each microbatch's saved activations from its forward to its backward; and,
+while a piece runs, what passes through it. The peak is taken over time: it is no sum of the parts'
+own peaks.
 """
 
 from __future__ import annotations
@@ -55,6 +56,20 @@ def peaks(script: Script) -> tuple[Mapping[str, int], ...]:
     )
 
 
+def on_host(script: Script) -> tuple[int, ...]:
+    """Return bytes that each position keeps on its host: parameters, gradients and moments of what
+    is offloaded. Empty where nothing is, or the device is the host.
+    """
+    if script.offload == "none" or not script.apart:
+        return ()
+    return tuple(
+        sum(
+            unit.host_bytes + (1 + _MOMENTS) * unit.updated_bytes for unit in script.units(position)
+        )
+        for position in range(len(script.order.rows))
+    )
+
+
 def counters(script: Script, run: Run) -> Iterator[Counter]:
     """Yield what each position holds as the actions of a simulated step end."""
     ends = run.ends
@@ -80,11 +95,16 @@ class _Walk:
         self.position = position
         self.row = script.order.rows[position]
         self.units = list(script.units(position))
+        moments = _MOMENTS * sum(unit.updated_bytes for unit in self.units)
         self.base = Usage(
             parameters=sum(unit.held_bytes for unit in self.units),
-            optimizer=_MOMENTS * sum(unit.updated_bytes for unit in self.units),
+            optimizer=0 if script.offload != "none" and script.apart else moments,
             communication=script.received_bytes[position] if script.received_bytes else 0,
         )
+        if script.offload == "optimizer" and not script.apart:
+            # The copies for the update, and of gradients, beside what they are of.
+            copied = sum(unit.host_bytes for unit in self.units)
+            self.base += Usage(parameters=copied, communication=copied)
         self.alive: dict[tuple[int, int], int] = {}  # (stage, microbatch) -> bytes
         self.begun: set[int] = set()  # stages whose backward has left gradients,
         self.weighed: set[int] = set()  # and those of weights that were put off
@@ -134,6 +154,8 @@ class _Walk:
     def update(self) -> Usage:
         """The end: gradients copied to be reduced, or the largest parameter in the optimizer."""
         copied = self.script.reduced_bytes
+        if self.script.update_stream == "host":
+            return self._now() + Usage(communication=copied[self.position] if copied else 0)
         largest = max((t.num_bytes for unit in self.units for t in unit.parameters), default=0)
         now = self._now()
         if copied and copied[self.position] > largest:

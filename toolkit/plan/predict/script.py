@@ -18,9 +18,9 @@ from toolkit.plan import chain
 from toolkit.plan.chain import Segment
 from toolkit.plan.order.action import Action
 from toolkit.plan.order.pipeline import Order
-from toolkit.plan.plan import Plan, Traffic
+from toolkit.plan.plan import Offload, Plan, Traffic
 from toolkit.plan.predict.alive import Alive, Life
-from toolkit.plan.predict.costs import Call, Costs
+from toolkit.plan.predict.costs import Call, Costs, Stream
 from toolkit.plan.predict.passes import OpCalls, Passes, Piece
 from toolkit.plan.predict.units import Unit, units
 
@@ -78,8 +78,9 @@ class Script:
     before. `received_bytes` are set aside for what arrives, and with `keeps_sent` what is sent
     stays to the end of the step, as torch's pipeline runtime does it. With `prefetch` gathers run
     a piece ahead, and reductions beside computing. `reduced_bytes` of gradients are copied to be
-    reduced at the end. `traffic` is there when more is known of it
-    than follows from the calls.
+    reduced at the end. The optimizer runs on `update_stream`; what `offload` names is in memory of
+    its own where the host is `apart`, not in the device's. `traffic` is there when more is known of
+    it than follows from the calls.
     """
 
     order: Order
@@ -92,6 +93,9 @@ class Script:
     reduced_bytes: tuple[int, ...] = ()
     keeps_sent: bool = False
     prefetch: bool = True
+    offload: Offload = "none"
+    update_stream: Stream = "compute"
+    apart: bool = True
     traffic: tuple[Traffic, ...] | None = None
 
     @cached_property
@@ -177,11 +181,16 @@ def of(plan: Plan, local: OpGraph, calls: OpCalls, costs: Costs) -> Script:
         update_s=tuple(updates),
         # gloo's gathers are waited for where they are issued; on a GPU they run ahead by a piece.
         prefetch=not costs.is_cpu,
+        offload=plan.offload,
+        update_stream=costs.update_stream,
+        apart=not costs.is_cpu,
     )
 
 
 def _num_split(plan: Plan, held: Sequence[Tensor]) -> int:
     """How many trained parameters are DTensors on the native rung."""
+    if plan.offload == "optimizer":
+        return 0  # on the host they are plain tensors
     trained = [tensor.fqn or tensor.name for tensor in held if tensor.requires_grad]
     if plan.placed("shard"):
         return len(trained)

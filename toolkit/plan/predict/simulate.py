@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 from toolkit.plan.predict.costs import Stream
 from toolkit.timeline import Counter, Span, Timeline
 
+# Tracks of a timeline, beside that of a rank's computing.
+_TRACKS = {"compute": "", "down": " to host", "up": " from host", "host": " host"}
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -75,7 +78,7 @@ class Run:
             tuple(
                 Span(
                     task.name,
-                    f"rank {task.rank}" + ("" if task.stream == "compute" else " network"),
+                    f"rank {task.rank}{_TRACKS.get(task.stream, ' network')}",
                     start_s,
                     end_s,
                     "predicted",

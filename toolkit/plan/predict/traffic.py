@@ -1,7 +1,8 @@
 """What a plan communicates in one step, exactly: kinds, counts and bytes.
 
 Every call of the script is counted as often as its action is run. The optimizer's step is outside:
-what is gathered after the update is part of the step's time and not counted here.
+what is gathered after the update is part of the step's time and not counted here. Copies to the
+host and back are no traffic between ranks.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from toolkit.plan.plan import Traffic
-from toolkit.plan.predict.costs import Call
+from toolkit.plan.predict.costs import COPY, Call
 from toolkit.plan.predict.script import Script
 
 
@@ -58,5 +59,5 @@ def _calls(script: Script, position: int) -> Iterator[tuple[str, int, int]]:
 
 def _each(calls: tuple[Call, ...], times: int) -> Iterator[tuple[str, int, int]]:
     for call in calls:
-        if times and call.num_bytes:
+        if times and call.num_bytes and call.kind != COPY:
             yield call.kind, call.num_bytes, times

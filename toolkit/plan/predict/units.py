@@ -10,12 +10,17 @@ of what is really called):
   the root, which stays gathered between the two; one reduce-scatter a unit. Each parameter is
   padded along dim 0 to a multiple of n.
 - with r > 1 what was reduce-scattered is then all-reduced over the replicas.
+
+With the optimizer on the host (Ren et al. 2021, arXiv 2101.06840), what a rank updates goes down
+when it is reduced and comes up when it is updated, once a step; the host keeps a copy of it, its
+gradients and moments. With parameters on the host (FSDP2's CPUOffloadPolicy), a shard comes up for
+every gather and its gradients go down with every reduction; the host keeps the only ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from toolkit.ir.graph import OpGraph, Tensor, item_bytes
 from toolkit.plan import chain
@@ -29,7 +34,9 @@ class Unit:
 
     `held_bytes` are kept of the parameters at all times; `whole_bytes` is their size gathered
     (0 where they are never divided), `gradient_bytes` that of their whole gradients and
-    `shard_bytes` what is kept of those once reduced; `updated_bytes` are updated here.
+    `shard_bytes` what is kept of those once reduced; `updated_bytes` are updated here. The host
+    keeps `host_bytes` of parameters; `down` and `up` are the copies around an update there, the
+    first beside the backward when `lands`.
     """
 
     name: str
@@ -45,6 +52,10 @@ class Unit:
     after_update: tuple[Call, ...] = ()
     reserved_bytes: int = 0  # gradients in buffers that are there all along
     buffer_bytes: int = 0  # and those that every backward fills and empties
+    host_bytes: int = 0
+    down: tuple[Call, ...] = ()
+    up: tuple[Call, ...] = ()
+    lands: bool = False
 
     @property
     def reserves(self) -> bool:
@@ -71,16 +82,42 @@ def units(
     left = [tensor for tensor in held if tensor.name not in taken]
     groups[""] = (*groups.get("", ()), *left)
     make = _Maker(plan, graph, costs, position)
-    return {
+    found = {
         name: make.unit(name, [tensor for tensor in tensors if tensor.name in mine], how)
         for name, tensors in groups.items()
     }
+    if plan.offload != "optimizer":
+        return found
+    # What several axes or microbatches reduce is whole only after the last backward.
+    lands = not (len(plan.stages) > 1 or plan.placed("sequence")) and (
+        how in ("replicate", "shard") or (how == "shard_optimizer" and plan.size("replica") == 1)
+    )
+    return {
+        name: replace(updated_on_host(unit, costs, position), lands=lands)
+        for name, unit in found.items()
+    }
+
+
+def updated_on_host(unit: Unit, costs: Costs, position: int) -> Unit:
+    """Return the unit with its update on the host of the devices at `position`."""
+    size = unit.updated_bytes
+    if not size:
+        return unit
+    return replace(
+        unit,
+        host_bytes=size,
+        down=(costs.copy("down", size, position),),
+        up=(costs.copy("up", size, position),),
+    )
 
 
 class _Maker:
     def __init__(self, plan: Plan, graph: OpGraph, costs: Costs, position: int) -> None:
         self.graph = graph
         self.costs = costs
+        self.position = position
+        # On a CPU the host is where everything is already.
+        self.from_host = plan.offload == "parameters" and not costs.is_cpu
         self.num = plan.size("data")
         self.data = costs.group(("data",), position)
         self.replicas = costs.group(("replica",), position)
@@ -123,18 +160,32 @@ class _Maker:
             )
         ]
         whole, gradients = sum(padded.values()), sum(reached)
-        return Unit(
+        gather = self._slower(
+            (self.costs.call("all_gather", whole, self.data),) if whole else (), GATHER
+        )
+        reduce = self._slower(self._scatter([gradients] if gradients else []), REDUCE)
+        unit = Unit(
             name, tuple(tensors),
             held_bytes=whole // self.num,
             gradient_bytes=gradients,
             shard_bytes=gradients // self.num,
             updated_bytes=gradients // self.num,
             whole_bytes=whole,
-            gather=self._slower(
-                (self.costs.call("all_gather", whole, self.data),) if whole else (), GATHER
-            ),
-            reduce=self._slower(self._scatter([gradients] if gradients else []), REDUCE),
+            gather=gather,
+            reduce=reduce,
         )  # fmt: skip
+        if not self.from_host:
+            return unit
+        share, down = unit.held_bytes, unit.shard_bytes
+        return replace(
+            unit,
+            held_bytes=0,
+            shard_bytes=0,
+            whole_bytes=whole + share,  # what came up is there until it is gathered
+            host_bytes=share,
+            gather=(self.costs.copy("up", share, self.position), *gather) if whole else (),
+            reduce=(*reduce, self.costs.copy("down", down, self.position)) if gradients else (),
+        )
 
     def _slower(self, calls: tuple[Call, ...], name: str) -> tuple[Call, ...]:
         """The calls with what FSDP2 adds to the first: it copies in and out."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from toolkit.plan.plan import How
+from toolkit.plan.plan import How, Offload
 from toolkit.plan.search import schedules
 from toolkit.plan.search.estimate import Estimator, Stretch
 from toolkit.plan.search.inter_op import cut
@@ -43,6 +43,7 @@ class Arranger:
         parameters: How,
         recompute: Recompute,
         limit: float,
+        offload: Offload = "none",
     ) -> Arrangement | None:
         """Return the best stages whose devices hold at most `limit` bytes, or None."""
         site = self.estimator.site
@@ -63,7 +64,7 @@ class Arranger:
             key = (most, kind)
             if key not in seen:
                 found, until = self._matrix(
-                    kind, most, microbatches, parameters, recompute, room, num
+                    kind, most, microbatches, (parameters, offload), recompute, room, num
                 )
                 seen[key] = found[np.ix_(nodes, nodes)], until
             again[stage, kind] = seen[key][1]
@@ -91,7 +92,7 @@ class Arranger:
         kind: int,
         most: tuple[int, int],
         microbatches: int,
-        parameters: How,
+        kept: tuple[How, Offload],
         recompute: Recompute,
         room: float,
         num_stages: int,
@@ -104,7 +105,7 @@ class Arranger:
         rows = self.estimator.rows[kind]
         size = rows.num_items + 1
         begins, ends = np.indices((size, size))
-        fixed = self._fixed(kind, parameters, microbatches, num_stages)
+        fixed = self._fixed(kind, kept, microbatches, num_stages)
         spare = room - fixed - (waiting * rows.oweds if waiting else 0.0)
         if recompute == "all":
             until = ends
@@ -120,7 +121,7 @@ class Arranger:
         back = np.where(inside > begins, rows.gain.max(initial=0.0), 0.0)
         with np.errstate(invalid="ignore"):
             fits = alive * (rows.saveds - gained) + back <= spare
-        seconds = self._seconds(kind, parameters) + rows.agains[inside] - rows.agains[begins]
+        seconds = self._seconds(kind, kept[0]) + rows.agains[inside] - rows.agains[begins]
         return np.where((until <= ends) & fits & (ends > begins), seconds, np.inf), inside
 
     def _seconds(self, kind: int, parameters: How) -> Any:
@@ -153,13 +154,16 @@ class Arranger:
             ]
         )
 
-    def _fixed(self, kind: int, parameters: How, microbatches: int, num_stages: int) -> Any:
+    def _fixed(
+        self, kind: int, kept: tuple[How, Offload], microbatches: int, num_stages: int
+    ) -> Any:
         """Bytes of a range that do not depend on how many microbatches are alive."""
-        key = ("fixed", kind, parameters, microbatches, num_stages)
+        key = ("fixed", kind, kept, microbatches, num_stages)
         if key not in self._memory_seen:
             rows, mesh = self.estimator.rows[kind], self.estimator.site.mesh
-            found = rows.parameters * held_factor(parameters, mesh.data) + rows.temporaries
-            if parameters == "shard" and mesh.data > 1:
+            factor = held_factor(kept[0], mesh.data, kept[1])
+            found = rows.temporaries + (rows.parameters * factor if factor else 0.0)
+            if kept[0] == "shard" and mesh.data > 1:
                 found = found + self._gathered(rows)
             if num_stages > 1:
                 border = np.array([float(sum(sizes)) for sizes in self.estimator.borders])
@@ -173,14 +177,20 @@ class Arranger:
         return 2 * blocks.max(initial=0.0) + between(np.where(rows.is_block, 0.0, rows.held))
 
 
-def held_factor(parameters: How, num_data: int) -> float:
-    """Return the bytes held of parameters, gradients and both moments for a byte of parameters.
+def held_factor(parameters: How, num_data: int, offload: Offload = "none") -> float:
+    """Return the bytes a device holds of parameters, gradients and both moments for a byte of
+    parameters, beside a host of its own.
 
     >>> held_factor("replicate", 8), held_factor("shard", 8), held_factor("shard_optimizer", 8)
     (4.0, 0.5, 2.375)
+    >>> held_factor("replicate", 8, "optimizer"), held_factor("shard", 8, "parameters")
+    (2.0, 0.0)
     """
     part = 1 / num_data
-    return {
+    if offload == "parameters":
+        return 0.0
+    moments = 2.0 if parameters == "replicate" else 2 * part
+    return (-moments if offload == "optimizer" else 0.0) + {
         "replicate": 4.0,
         "shard_optimizer": 2 + 3 * part,
         "shard_gradients": 1 + 3 * part,

@@ -12,7 +12,7 @@ from toolkit.plan.search.constraints import Constraints
 from toolkit.plan.search.estimate import Estimator
 from toolkit.plan.search.layouts import AxisName
 from toolkit.plan.search.rows import Rows
-from toolkit.plan.search.site import Site, inner_axes
+from toolkit.plan.search.site import Mesh, Site, inner_axes
 from toolkit.plan.search.space import Ground
 from toolkit.plan.search.stack import Layouts, Outline, Stack
 from toolkit.plan.subject import Subject
@@ -21,6 +21,13 @@ from toolkit.plan.subject import Subject
 WHOLE, MEGATRON, TOKENS = "operators whole", "columns and rows", "columns, rows and tokens"
 REGIONS = "heads, features and vocabulary"
 SEARCHED, LEAN = "operators split by search", "operators split lean"
+
+
+def by_program(split: str, mesh: Mesh) -> bool:
+    """Return whether the own executor runs this (lower/ladder.py): operators split one by one, or
+    stages that several ranks split.
+    """
+    return split in (SEARCHED, LEAN, REGIONS) or (mesh.inner > 1 and mesh.pipeline > 1)
 
 
 class Bench:

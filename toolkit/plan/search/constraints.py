@@ -10,7 +10,7 @@ from typing import Any
 from toolkit import config
 from toolkit.errors import FormatError, UsageError, unknown_name
 from toolkit.ir.graph import OpGraph
-from toolkit.plan.plan import DATA_WAYS
+from toolkit.plan.plan import DATA_WAYS, OFFLOADS
 from toolkit.plan.program import select
 from toolkit.plan.search.schedules import SEARCHED
 
@@ -29,6 +29,8 @@ class Constraints:
 
     `replicated` lists modules or operators (patterns, as in plans) that stay whole on every rank
     of the context and tensor axes. `parameters` are the ways of the data axis ("shard" is ZeRO-3).
+    `offload` are the ways to use the host; where "none" is one, the others are tried where nothing
+    fits without.
     """
 
     pipeline: Sizes = None
@@ -43,6 +45,7 @@ class Constraints:
     schedules: list[str] | None = None
     parameters: list[str] | None = None
     recompute: list[str] | None = None
+    offload: list[str] | None = None
     replicated: list[str] | None = None
     splits: list[str] | None = None
     plans: list[str] | None = None  # [] for none
@@ -54,6 +57,7 @@ class Constraints:
             ("schedule", self.schedules, SEARCHED),
             ("way of parameters", self.parameters, DATA_WAYS),
             ("recompute", self.recompute, RECOMPUTE),
+            ("offload", self.offload, OFFLOADS),
             ("way to split", self.splits, SPLITS),
             ("plan", self.plans, PLANS),
         ):

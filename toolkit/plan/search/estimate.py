@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from toolkit.cost.memory import CATEGORIES
-from toolkit.ir.graph import Tensor
 from toolkit.plan.order.pipeline import Stage as Span
-from toolkit.plan.plan import How
-from toolkit.plan.predict.units import padded_elements, padded_rows
-from toolkit.plan.search import schedules
+from toolkit.plan.plan import How, Offload
+from toolkit.plan.search import schedules, units
 from toolkit.plan.search.rows import Rows
 from toolkit.plan.search.site import Site
+from toolkit.plan.search.units import Unit
 
 _MOMENTS = 2  # as predict.memory
 
@@ -35,29 +34,21 @@ class Stretch(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """Predicted by the search's own sums: a step, the idle share, and bytes at each position."""
+    """Predicted by the search's own sums: a step, the idle share, bytes at each position."""
 
     step_s: float
     bubble: float
     memory: tuple[Mapping[str, int], ...]
+    host: tuple[int, ...] = ()  # kept on the host by each position,
+    host_limit: int = 0  # and what each may
 
     @property
     def peak_bytes(self) -> int:
         return max(sum(entries.values()) for entries in self.memory)
 
-
-class _Unit(NamedTuple):
-    item: int  # in whose backward it is reduced
-    is_root: bool
-    whole: int  # bytes, padded as the way needs it
-    gather_s: float
-    reduce_s: float
-    after_s: float
-    held: int
-    gradients: int
-    share: int  # of the gradients, once reduced
-    reserved: int
-    updated: int
+    @property
+    def fits_host(self) -> bool:
+        return max(self.host, default=0) <= self.host_limit
 
 
 class _Times(NamedTuple):
@@ -82,8 +73,8 @@ class Estimator:
     site: Site
     rows: Sequence[Rows]
     borders: Sequence[Sequence[int]]
-    _units_seen: dict[object, tuple[_Unit, ...]] = field(default_factory=dict, repr=False)
-    _unit_seen: dict[object, _Unit] = field(default_factory=dict, repr=False)
+    _units_seen: dict[object, tuple[Unit, ...]] = field(default_factory=dict, repr=False)
+    _unit_seen: dict[object, Unit] = field(default_factory=dict, repr=False)
     _times_seen: dict[object, _Times] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -98,11 +89,12 @@ class Estimator:
         family: str,
         microbatches: int,
         zero: How,
+        offload: Offload = "none",
     ) -> Estimate:
         """Return the estimate of stages `stretches`, stage s at `positions[s]`."""
         num = self.site.mesh.pipeline
         times = [
-            self._times(stretch, position, zero, first=s == 0)
+            self._times(stretch, position, zero, offload, first=s == 0)
             for s, (stretch, position) in enumerate(zip(stretches, positions, strict=True))
         ]
         spans = [self._span(one, family) for one in times]
@@ -117,6 +109,7 @@ class Estimator:
         sums = self._shared(stretches, positions)
         step_s = 0.0
         memory: list[Mapping[str, int]] = [{}] * num
+        host = [0] * num
         busy = 0.0
         moments = schedules.alive(family, num, microbatches)
         for place, position in {places[s]: positions[s] for s in range(len(places))}.items():
@@ -125,23 +118,29 @@ class Estimator:
             tail = max(
                 times[s].later if halves else times[s].reduced - times[s].backward for s in mine
             )
-            units = [u for s in mine for u in self._units(stretches[s], position, zero)]
+            held = [u for s in mine for u in self._units(stretches[s], position, zero, offload)]
             done = end_s[position] + max(0.0, tail) + times[0].before
             for name, holders in sums.items():
                 if position in holders:
                     size = self._tied_bytes(name)
                     last = max(end_s[holder] for holder in holders)
                     done = max(done, last + self.site.sum_s(size, holders))
-            update_s = self.site.update_s(sum(u.updated for u in units), position)
-            after_s = sum(u.after_s for u in units)
-            step_s = max(step_s, done + update_s + after_s)
+            if not self._lands(zero):
+                done += sum(u.down_s for u in held)
+            updated = sum(u.updated for u in held)
+            update_s = self.site.update_s(updated, position, offload)
+            step_s = max(step_s, done + update_s + units.after_s(held))
             busy += microbatches * sum(times[s].compute for s in mine)
             memory[position] = self._memory(
-                [stretches[s] for s in mine], position, units, moments[place], microbatches, mine,
-                positions,
+                [stretches[s] for s in mine], position, held, moments[place], microbatches, mine,
+                positions, offload,
             )  # fmt: skip
+            host[position] = sum(u.host for u in held) + (1 + _MOMENTS) * updated
         bubble = max(0.0, 1 - busy / (num * timing.length_s))
-        return Estimate(step_s, bubble, tuple(memory))
+        if offload == "none" or not self.prefetch:
+            return Estimate(step_s, bubble, tuple(memory))
+        limit = min(self.site.costs.host_bytes(position) for position in range(num))
+        return Estimate(step_s, bubble, tuple(memory), tuple(host), limit)
 
     # Time -----------------------------------------------------------------------------------
 
@@ -153,14 +152,24 @@ class Estimator:
     def _sends_s(self, item: int, sender: int, receiver: int) -> float:
         return sum(self.site.send_s(size, sender, receiver) for size in self.borders[item])
 
-    def _times(self, stretch: Stretch, position: int, zero: How, *, first: bool) -> _Times:
+    def _times(
+        self, stretch: Stretch, position: int, zero: How, offload: Offload, *, first: bool
+    ) -> _Times:
         kind = self.kind_of[self.site.classes[position]]
-        key = (stretch, kind, zero, first)
+        key = (stretch, kind, zero, offload, first)
         if key not in self._times_seen:
-            self._times_seen[key] = self._timed(stretch, position, zero, self.rows[kind], first)
+            held = self._units(stretch, position, zero, offload)
+            self._times_seen[key] = self._timed(stretch, held, zero, self.rows[kind], first)
         return self._times_seen[key]
 
-    def _timed(self, stretch: Stretch, position: int, zero: How, rows: Rows, first: bool) -> _Times:
+    def _lands(self, zero: How) -> bool:
+        """Whether gradients go down to the host beside the backward (as predict.units)."""
+        mesh = self.site.mesh
+        return self.prefetch and mesh.data > 1 == mesh.pipeline and zero != "shard_gradients"
+
+    def _timed(
+        self, stretch: Stretch, held: Sequence[Unit], zero: How, rows: Rows, first: bool
+    ) -> _Times:
         begin, end, again = stretch
         items = range(begin, end)
         forward = rows.forward[begin:end].tolist()
@@ -170,26 +179,28 @@ class Estimator:
         ]
         weights = rows.weight[begin:end].tolist()
         sync = rows.sync[begin:end]
-        units = self._units(stretch, position, zero)
         gathers, back_gathers = [0.0] * len(forward), [0.0] * len(forward)
         reduces = [float(s) for s in sync]
-        each = [0.0] * len(forward)
-        for unit in units:
+        each, downs, fetches = ([0.0] * len(forward) for _ in range(3))
+        for unit in held:
             gathers[unit.item - begin] += unit.gather_s
             if not unit.is_root:
                 back_gathers[unit.item - begin] += unit.gather_s
             reduces[unit.item - begin] += unit.reduce_s
+            downs[unit.item - begin] += unit.drop_s + unit.down_s * self._lands(zero)
+            fetches[unit.item - begin] += unit.fetch_s
             if zero == "shard_gradients":
                 each[unit.item - begin] += unit.reduce_s
         nothing = [0.0] * len(forward)
-        forward_s, _ = self._follow(forward, gathers, nothing)
+        forward_s, _ = self._follow(forward, gathers, nothing, fetches)
         before_s = 0.0
         if first and self.prefetch:
             # Nothing holds up a step's first gathers but those before: they hide, save once.
-            before_s = gathers[0]
+            before_s = gathers[0] + fetches[0]
             forward_s -= before_s
-        middle_s, _ = self._follow(backward[::-1], back_gathers[::-1], each[::-1])
-        last_s, reduced_s = self._follow(backward[::-1], back_gathers[::-1], reduces[::-1])
+        back = backward[::-1], back_gathers[::-1]
+        middle_s, _ = self._follow(*back, each[::-1], fetches[::-1])
+        last_s, reduced_s = self._follow(*back, reduces[::-1], fetches[::-1], downs[::-1])
         _, later_s = self._follow(weights[::-1], nothing, reduces[::-1])
         return _Times(
             forward_s,
@@ -203,35 +214,47 @@ class Estimator:
         )
 
     def _follow(
-        self, compute: list[float], gathers: list[float], reduces: list[float]
+        self,
+        compute: list[float],
+        gathers: list[float],
+        reduces: list[float],
+        fetches: Sequence[float] = (),
+        downs: Sequence[float] = (),
     ) -> tuple[float, float]:
-        """Pieces one after another; a piece's gather runs while the one before computes, its
-        reduction after it. Returns when computing ends, and when the network is done.
+        """Pieces one after another; a piece's copy from the host and gather run while the last one
+        computes, its reduction after it, then its copy to the host. Returns when computing ends,
+        and when the network and the copies are done.
         """
         if not any(gathers) and not any(reduces):
             return sum(compute), 0.0
         ends = [0.0]
-        network = 0.0
-        for seconds, gather, reduce in zip(compute, gathers, reduces, strict=True):
+        network = fetched = copied = 0.0
+        none = [0.0] * len(compute)
+        rows = zip(compute, gathers, reduces, fetches or none, downs or none, strict=True)
+        for seconds, gather, reduce, fetch, down in rows:
             start = ends[-1]
             if gather:
                 ahead = ends[-2] if self.prefetch and len(ends) > 1 else start
-                network = max(network, ahead) + gather
+                fetched = max(fetched, ahead) + fetch
+                network = max(network, fetched) + gather
                 start = max(start, network)
             end = start + seconds
             if reduce:
                 network = max(network, end) + reduce
                 if gather and not self.prefetch:
                     end = network
+                copied = max(copied, network) + down
             ends.append(end)
-        return ends[-1], network
+        return ends[-1], max(network, copied)
 
     # Parameters -----------------------------------------------------------------------------
 
-    def _units(self, stretch: Stretch, position: int, zero: How) -> tuple[_Unit, ...]:
+    def _units(
+        self, stretch: Stretch, position: int, zero: How, offload: Offload
+    ) -> tuple[Unit, ...]:
         """Parameters that are gathered and reduced together: each block's, and all others."""
         kind = self.kind_of[self.site.classes[position]]
-        key = (stretch.begin, stretch.end, kind, zero)
+        key = (stretch.begin, stretch.end, kind, zero, offload)
         if key not in self._units_seen:
             rows = self.rows[kind]
             items = range(stretch.begin, stretch.end)
@@ -244,44 +267,14 @@ class Estimator:
             for item, is_root, parts in groups:
                 # Copies of a block hold the same tuple of parameters.
                 own = ("root", stretch.begin, stretch.end) if is_root else id(parts)
-                known = (own, kind, zero)
+                known = (own, kind, zero, offload)
                 if parts and known not in self._unit_seen:
-                    unit = self._unit(item, is_root, parts, position, zero)
-                    self._unit_seen[known] = unit
+                    one = units.on_device(self.site, item, is_root, parts, position, zero)
+                    self._unit_seen[known] = units.on_host(one, self.site, position, offload)
                 if parts:
                     found.append(self._unit_seen[known]._replace(item=item))
             self._units_seen[key] = tuple(found)
         return self._units_seen[key]
-
-    def _unit(
-        self, item: int, is_root: bool, parts: Sequence[Tensor], position: int, zero: How
-    ) -> _Unit:
-        n = self.site.mesh.data
-        trained = [part for part in parts if part.requires_grad]
-        whole = sum(part.num_bytes for part in parts)
-        gradients = sum(part.num_bytes for part in trained)
-        data_s = self.site.data_s
-        if n == 1:
-            return _Unit(item, is_root, 0, 0.0, 0.0, 0.0, whole, gradients, gradients, 0, gradients)
-        if zero == "shard":
-            padded = sum(padded_rows(part, n) for part in parts)
-            reached = sum(padded_rows(part, n) for part in trained)
-            return _Unit(
-                item, is_root, padded, data_s("all_gather", padded, position),
-                data_s("reduce_scatter", reached, position) if reached else 0.0, 0.0,
-                padded // n, reached, reached // n, 0, reached // n,
-            )  # fmt: skip
-        if zero == "replicate":
-            reduce_s = data_s("all_reduce", gradients, position) if gradients else 0.0
-            kept = (gradients,) * 4
-            return _Unit(item, is_root, 0, 0.0, reduce_s, 0.0, whole, *kept)
-        flat = padded_elements(gradients, parts[0].dtype, n)
-        share = flat // n
-        return _Unit(
-            item, is_root, 0, 0.0, data_s("reduce_scatter", flat, position),
-            data_s("all_gather", flat, position), whole, gradients, share,
-            share if zero == "shard_gradients" else share + flat, share,
-        )  # fmt: skip
 
     def _shared(
         self, stretches: Sequence[Stretch], positions: Sequence[int]
@@ -303,11 +296,12 @@ class Estimator:
         self,
         stretches: list[Stretch],
         position: int,
-        units: list[_Unit],
+        units: list[Unit],
         alive: schedules.Alive,
         microbatches: int,
         stages: list[int],
         positions: Sequence[int],
+        offload: Offload,
     ) -> Mapping[str, int]:
         rows = self.rows[self.kind_of[self.site.classes[position]]]
         kept = [
@@ -338,13 +332,16 @@ class Estimator:
                 received += microbatches * sum(self.borders[stretch.begin])
             if s + 1 < len(positions) and positions[s + 1] != position:
                 received += microbatches * sum(self.borders[stretch.end])
+        apart = offload != "none" and self.prefetch
+        # Where the device is the host, the copies for the update lie beside what they are of.
+        copied = sum(u.host for u in units) if offload == "optimizer" and not apart else 0
         sizes = {
-            "parameters": sum(u.held for u in units),
+            "parameters": sum(u.held for u in units) + copied,
             "gradients": gradients,
-            "optimizer": _MOMENTS * sum(u.updated for u in units),
+            "optimizer": 0 if apart else _MOMENTS * sum(u.updated for u in units),
             "activations": activations,
             "temporary": temporary,
-            "communication": received + gathered,
+            "communication": received + gathered + copied,
         }
         return {name: int(sizes[name]) for name in CATEGORIES}
 
@@ -365,7 +362,7 @@ class Estimator:
         found = rows.temporary[items] + (rows.saved[items] - kept) - freed
         return max(0.0, float(found.max()))
 
-    def _gathered(self, units: list[_Unit]) -> int:
+    def _gathered(self, units: list[Unit]) -> int:
         """Whole parameters of the root and of two blocks: one computes, the next is gathered."""
         blocks = sorted(u.whole for u in units if not u.is_root)
         root = sum(u.whole for u in units if u.is_root)

@@ -19,7 +19,7 @@ from toolkit.errors import InfeasibleError, UsageError
 from toolkit.hardware import Cluster
 from toolkit.plan import chain, predict
 from toolkit.plan.library import dap, grid, interlaced, three_f_one_b
-from toolkit.plan.plan import Alternative, Plan
+from toolkit.plan.plan import OFFLOADS, Alternative, Plan
 from toolkit.plan.program import pattern, regions
 from toolkit.plan.search.constraints import Constraints
 from toolkit.plan.search.outer import Outer, Progress
@@ -96,6 +96,8 @@ class Extras:
         """Return the plans that fit, the fastest first."""
         if self.constraints.native or self.constraints.replicated:
             return []
+        if "none" not in (self.constraints.offload or OFFLOADS):
+            return []  # these keep everything on the device
         if self.outer is None:
             self._several_passes()
         else:

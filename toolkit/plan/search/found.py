@@ -286,5 +286,6 @@ def _infeasible(outer: Outer, limit: float) -> InfeasibleError:
         f"{candidate.description}) needs {format_bytes(candidate.peak_bytes)}, "
         f"{format_bytes(candidate.peak_bytes - limit)} too much; {category} take "
         f"{format_bytes(fullest[category])}",
-        remedy="use more devices, a smaller batch or microbatch, or loosen the constraints",
+        remedy="use more devices, a smaller batch or microbatch, or loosen the constraints"
+        + (" (offload is one)" if outer.constraints.offload == ["none"] else ""),
     )

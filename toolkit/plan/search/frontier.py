@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from toolkit.plan.plan import Alternative, How
+from toolkit.plan.plan import Alternative, How, Offload
 from toolkit.plan.search.estimate import Estimate, Stretch
 from toolkit.plan.search.site import Mesh
 from toolkit.plan.search.stack import Layouts, Stack
@@ -34,6 +34,7 @@ class Candidate:
     estimate: Estimate = field(repr=False)
     stack: Stack = field(repr=False, compare=False)
     layouts: Layouts = field(repr=False, compare=False)
+    offload: Offload = "none"
 
     @property
     def step_s(self) -> float:
@@ -55,6 +56,8 @@ class Candidate:
             parts.append(self.split)
         if self.recomputed:
             parts.append(f"{self.recomputed} blocks recomputed")
+        if self.offload != "none":
+            parts.append(f"{self.offload} on the host")
         return ", ".join(parts)
 
     def alternative(self, reason: str = "") -> Alternative:

@@ -19,13 +19,13 @@ from toolkit.cost.calibration import Calibration
 from toolkit.errors import InfeasibleError
 from toolkit.hardware import Cluster
 from toolkit.plan.plan import DATA_WAYS, How
-from toolkit.plan.search import schedules
-from toolkit.plan.search.arrange import Arrangement, Arranger, Recompute, held_factor
-from toolkit.plan.search.bench import LEAN, REGIONS, SEARCHED, TOKENS, WHOLE, Bench
+from toolkit.plan.search import host, schedules
+from toolkit.plan.search.arrange import Arranger, Recompute
+from toolkit.plan.search.bench import LEAN, MEGATRON, SEARCHED, TOKENS, WHOLE, Bench, by_program
 from toolkit.plan.search.choice import Weights
 from toolkit.plan.search.constraints import Constraints
-from toolkit.plan.search.estimate import Estimate, Estimator
 from toolkit.plan.search.frontier import Candidate, Frontier, Unfit
+from toolkit.plan.search.host import Hosted, Keep
 from toolkit.plan.search.rows import Rows
 from toolkit.plan.search.site import Mesh, Site
 from toolkit.plan.search.space import MOST_SAMPLES, Ground, Space, divisors
@@ -36,6 +36,8 @@ from toolkit.plan.subject import Subject
 # whose bound is this much above the best.
 _FAR = 1.5
 _SLOWER = 6
+# Of grounds that fit with the host alone, so many, where something fits without.
+_HOSTED = 4
 # Per sample a microbatch that fills a device takes at most this much more than the largest.
 _FILLED = 1.02
 # A leaner layout this much slower than the best is not followed by one in between.
@@ -71,6 +73,7 @@ class Outer:
             self.subject, self.cluster, self.num_ranks, self.constraints, self.calibration
         )
         self.outline = self.bench.outline
+        self.hosted = Hosted.of(self.constraints, self.cluster, self.num_ranks)
         self.space = Space(
             self.cluster, self.num_ranks, self.subject.batch, len(self.subject.blocks),
             self.constraints,
@@ -131,6 +134,7 @@ class Outer:
                 return
             self._tell(ground)
             self.look_at(ground, _FAR)
+        self._with_host()
 
     def _worth(self, ground: Ground) -> bool:
         """Whether a pipeline could gain by microbatches this large: of more than fill a device,
@@ -164,9 +168,30 @@ class Outer:
         """
         rows = self.bench.base_rows(ground.num_samples)
         mesh = ground.mesh
-        held = float(rows.held.sum()) * min(held_factor(w, mesh.data) for w in self._ways(mesh))
         bound_s = self._spread_s(ground, rows, mesh.inner)
-        return bound_s, held / (mesh.pipeline * mesh.tensor)
+        return bound_s, self._least_bytes(ground)[0]
+
+    def _least_bytes(self, ground: Ground) -> tuple[float, float]:
+        """The parameters' share of a device, with what is tried first and then."""
+        mesh = ground.mesh
+        held = float(self.bench.base_rows(ground.num_samples).held.sum())
+        share = held / (mesh.pipeline * mesh.tensor)
+        first, then = self.hosted.keeps(self._ways(mesh), natively=mesh.pipeline == 1)
+        return share * host.least(first, mesh.data), share * host.least(then, mesh.data)
+
+    def _with_host(self) -> None:
+        """Look at a few grounds that fit with the host alone; at all, where nothing else fits."""
+        found = []
+        for ground in self.space.grounds():
+            least, moved = self._least_bytes(ground)
+            if least > self._most_bytes >= moved and self._worth(ground):
+                found.append((self.bound(ground)[0], ground))
+        for number, (bound_s, ground) in enumerate(sorted(found)):
+            best = self.frontier.best
+            if self._out_of_time() or (best and (number >= _HOSTED or bound_s > best.step_s)):
+                return
+            self._tell(ground)
+            self.look_at(ground)
 
     def _laid_out_s(self, ground: Ground, layouts: Layouts) -> float:
         """The same of operators laid out, with what moving their tensors takes."""
@@ -294,18 +319,20 @@ class Outer:
             if best is not None and bound_s > far * best.step_s:
                 continue
             ways = self._ways(ground.mesh)
-            if self.constraints.runnable and self._by_program(split, ground.mesh):
+            if self.constraints.runnable and by_program(split, ground.mesh):
                 ways = [way for way in ways if way == "replicate"]
             # With all recomputed it is memory that counts: where it is sharded the most.
-            for way in ways[-2:] if mode == "all" else ways:
-                fit &= self._candidate(ground, arranger, family, way, mode, split, layouts, stack)
+            ways = ways[-2:] if mode == "all" else ways
+            natively = ground.mesh.pipeline == 1 and split in (WHOLE, MEGATRON)
+            first, then = self.hosted.keeps(ways, natively=natively)
+            rest = (family, mode, split, layouts, stack)
+            fits = [self._candidate(ground, arranger, keep, *rest) for keep in first]
+            if not any(fits):
+                best_s = math.inf if best is None else far * best.step_s
+                for keep in host.worth(then, arranger.estimator, bound_s, best_s):
+                    self._candidate(ground, arranger, keep, *rest)
+            fit &= all(fits)
         return fit
-
-    def _by_program(self, split: str, mesh: Mesh) -> bool:
-        """Whether the own executor runs this (lower/ladder.py): operators split one by one, or
-        stages that several ranks split.
-        """
-        return split in (SEARCHED, LEAN, REGIONS) or (mesh.inner > 1 and mesh.pipeline > 1)
 
     def _runs(self, split: str, mesh: Mesh, halves: bool) -> bool:
         """Whether some rung runs this: the own executor has whole backwards alone, and tokens
@@ -313,35 +340,44 @@ class Outer:
         """
         if not self.constraints.runnable:
             return True
-        return not self._by_program(split, mesh) or not (halves or split == TOKENS)
+        return not by_program(split, mesh) or not (halves or split == TOKENS)
 
     def _candidate(
         self,
         ground: Ground,
         arranger: Arranger,
+        keep: Keep,
         family: str,
-        way: How,
         mode: Recompute,
         split: str,
         layouts: Layouts,
         stack: Stack,
     ) -> bool:
         """Arrange and estimate one candidate; return whether it fits."""
+
+        def made(mode: Recompute, limit: float) -> Candidate | None:
+            found = arranger.arrange(
+                family=family, microbatches=ground.microbatches, parameters=keep.way,
+                recompute=mode, limit=limit, offload=keep.offload,
+            )  # fmt: skip
+            if found is None:
+                return None
+            estimate = arranger.estimator.estimate(
+                found.stretches, found.positions, family=family,
+                microbatches=ground.microbatches, zero=keep.way, offload=keep.offload,
+            )  # fmt: skip
+            return Candidate(
+                ground.mesh, ground.num_samples, ground.microbatches, family, keep.way, split,
+                sum(self.outline.num_blocks(s.begin, s.again) for s in found.stretches),
+                found.stretches, found.positions, estimate, stack, layouts, keep.offload,
+            )  # fmt: skip
+
         self.considered += 1
         limit = self.limit_bytes
         for _ in range(3):
-            found = arranger.arrange(
-                family=family, microbatches=ground.microbatches, parameters=way,
-                recompute=mode, limit=limit,
-            )  # fmt: skip
-            if found is None:
+            candidate = made(mode, limit)
+            if candidate is None:
                 break
-            estimate = self._estimate(arranger.estimator, found, family, ground, way)
-            candidate = Candidate(
-                ground.mesh, ground.num_samples, ground.microbatches, family, way, split,
-                sum(self._is_block(i) for s in found.stretches for i in range(s.begin, s.again)),
-                found.stretches, found.positions, estimate, stack, layouts,
-            )  # fmt: skip
             self.squeezed |= mode == "needed" and candidate.recomputed > 0
             if self._fits(candidate, arranger.estimator.site):
                 self.frontier.add(candidate)
@@ -349,50 +385,16 @@ class Outer:
             # The bounds inside were not tight enough: aim lower by as much as it was over.
             limit *= min(0.98, self.limit_bytes / candidate.peak_bytes)
         self.squeezed = True
-        self._note_unfit(ground, arranger, family, way, split, layouts, stack)
+        # Remember by how much the nearest candidate misses the limit.
+        smallest = made("all", math.inf) if self.frontier.best is None else None
+        if smallest is not None:
+            unfit = Unfit(smallest, self.limit_bytes)
+            if self.nearest is None or unfit.over_bytes < self.nearest.over_bytes:
+                self.nearest = unfit
         return False
 
-    def _estimate(
-        self, estimator: Estimator, found: Arrangement, family: str, ground: Ground, way: How
-    ) -> Estimate:
-        return estimator.estimate(
-            found.stretches, found.positions,
-            family=family, microbatches=ground.microbatches, zero=way,
-        )  # fmt: skip
-
     def _fits(self, candidate: Candidate, site: Site) -> bool:
-        return all(
+        return candidate.estimate.fits_host and all(
             sum(sizes.values()) <= min(self.limit_bytes, site.classes[position].memory_bytes)
             for position, sizes in enumerate(candidate.estimate.memory)
         )
-
-    def _is_block(self, item: int) -> bool:
-        return self.outline.items[item].path is not None
-
-    def _note_unfit(
-        self,
-        ground: Ground,
-        arranger: Arranger,
-        family: str,
-        way: How,
-        split: str,
-        layouts: Layouts,
-        stack: Stack,
-    ) -> None:
-        """Remember by how much the nearest candidate misses the limit."""
-        if self.frontier.best is not None:
-            return
-        found = arranger.arrange(
-            family=family, microbatches=ground.microbatches, parameters=way, recompute="all",
-            limit=float("inf"),
-        )  # fmt: skip
-        if found is None:
-            return
-        estimate = self._estimate(arranger.estimator, found, family, ground, way)
-        candidate = Candidate(
-            ground.mesh, ground.num_samples, ground.microbatches, family, way, split,
-            len(self.subject.blocks), found.stretches, found.positions, estimate, stack, layouts,
-        )  # fmt: skip
-        unfit = Unfit(candidate, self.limit_bytes)
-        if self.nearest is None or unfit.over_bytes < self.nearest.over_bytes:
-            self.nearest = unfit

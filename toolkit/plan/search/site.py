@@ -5,16 +5,16 @@ and inside them takes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from toolkit.cost.calibration import Calibration
 from toolkit.hardware import Cluster
 from toolkit.hardware.device import Device
 from toolkit.plan.order.action import Rows
 from toolkit.plan.plan import Axis as MeshAxis
-from toolkit.plan.plan import AxisName, Plan
+from toolkit.plan.plan import AxisName, Offload, Plan
 from toolkit.plan.predict.costs import Costs
 from toolkit.plan.search.layouts import Axis
 from toolkit.plan.subject import Subject
@@ -129,12 +129,24 @@ class Site:
         ranks = [self.costs.ranks[position] for position in positions]
         return self.costs.call("all_reduce", num_bytes, ranks).seconds
 
-    def update_s(self, num_bytes: float, position: int) -> float:
-        """Seconds of the optimizer's step at a position."""
-        key = ("update", num_bytes, self.classes[position].device.name)
+    def update_s(self, num_bytes: float, position: int, offload: Offload = "none") -> float:
+        """Seconds of the optimizer's step at a position, on its devices or their host."""
+        where = self.classes[position]
+        key = ("update", num_bytes, offload != "none", where.device.name, where.wiring)
         if key not in self._seen:
-            self._seen[key] = self.costs.update_s(num_bytes, position)
+            costs = self.costs if offload == "none" else self.offloaded
+            self._seen[key] = costs.update_s(num_bytes, position)
         return self._seen[key]
+
+    def copy_s(self, way: Literal["down", "up"], num_bytes: int, position: int) -> float:
+        """Seconds of a copy from a device to its host, or back."""
+        return self.costs.copy(way, num_bytes, position).seconds if num_bytes else 0.0
+
+    @cached_property
+    def offloaded(self) -> Costs:
+        """The same costs with the optimizer on the host."""
+        plan = replace(self.costs.plan, offload="optimizer")
+        return Costs(plan, self.cluster, self.calibration)
 
 
 def inner_axes(cluster: Cluster, num_ranks: int, mesh: Mesh, first: int = 0) -> tuple[Axis, ...]:

@@ -62,6 +62,10 @@ class Outline:
         self.items = tuple(items)
         self._graphs: dict[int, OpGraph] = {}
 
+    def num_blocks(self, begin: int, end: int) -> int:
+        """Return how many of the items [begin, end) are blocks."""
+        return sum(item.path is not None for item in self.items[begin:end])
+
     def graph(self, num_samples: int) -> OpGraph:
         """Return the graph of one microbatch."""
         if num_samples not in self._graphs:

@@ -42,6 +42,7 @@ def plan(
         order=tuple(rows[place] for place in sorted(rows)),
         splits=() if inner is not None else tuple(_splits(candidate, outline)),
         recompute=_recomputed(candidate, outline),
+        offload=candidate.offload,
     )
 
 
@@ -61,6 +62,8 @@ def estimated(made: Plan, candidate: Candidate, subject: Subject, cluster: Clust
             memory_bytes=found.memory,
             memory_limit_bytes=min(cluster.device(rank).memory_bytes for rank in ranks),
             traffic=(),
+            host_bytes=found.host,
+            host_limit_bytes=found.host_limit,
         ),
     )
 

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toolkit.errors import ToolkitError
 
 __all__ = [
-    "TorchDispatchMode", "group_of", "refuse", "relocate", "self_test", "start_fake_group",
+    "TorchDispatchMode", "group_of", "lying_as", "refuse", "relocate", "self_test",
+    "start_fake_group",
 ]  # fmt: skip
 
 
@@ -54,6 +55,17 @@ def relocate(parameter: nn.Parameter, memory: torch.Tensor) -> None:
     part.data = memory
 
 
+def lying_as(parameter: nn.Parameter, part: torch.Tensor) -> torch.Tensor:
+    """Return `part`, of the shape of this rank's part of `parameter` and on any device, as a tensor
+    that lies as `parameter` does.
+
+    `DTensor.from_local` would move it to the mesh's devices.
+    """
+    if not isinstance(parameter, DTensor):
+        return part
+    return DTensor(part, parameter._spec, requires_grad=False)  # type: ignore[call-arg]
+
+
 def _modes_see_operators() -> bool:
     """Counting communication stands on a mode being handed every operator that runs."""
     seen: list[str] = []
@@ -74,7 +86,10 @@ def self_test() -> None:
     """Raise ToolkitError naming what this torch does differently."""
     refuse(
         [
-            ("DTensor._local_tensor", lambda: "_local_tensor" in DTensor.__slots__),
+            (
+                "DTensor._local_tensor and DTensor._spec",
+                lambda: {"_local_tensor", "_spec"} <= set(DTensor.__slots__),
+            ),
             ("TorchDispatchMode sees every operator", _modes_see_operators),
         ]
     )
