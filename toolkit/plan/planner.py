@@ -74,6 +74,7 @@ def make_own(
     *,
     microbatches: int | None = None,
     recompute: bool = False,
+    offload: Offload = "none",
     memory_limit_bytes: int | None = None,
     calibration: Calibration | None = None,
 ) -> Plan:
@@ -83,6 +84,7 @@ def make_own(
     InfeasibleError when it needs more memory than a device has.
     """
     made = own.plan(write, subject, cluster, microbatches=microbatches or 1, recompute=recompute)
+    made = offloaded(made, offload)
     predict.check_fits(made.num_ranks, cluster)
     plan = _predicted(made, subject, cluster, memory_limit_bytes, calibration)
     check_memory(plan)
