@@ -117,6 +117,16 @@ def test_after_preemption(make_engine: Any, reference: Any, prompts: Any, expect
     assert engine.scheduler.num_preemptions > 0
 
 
+def test_with_part_of_the_prompt_in_the_cache(
+    make_engine: Any, reference: Any, prompts: Any, expected: Any
+) -> None:
+    engine = make_engine(block_size=8, step_tokens=40, max_batch=4)
+    for ids in prompts:
+        generate(engine, [ids[: len(ids) * 2 // 3]], 1)
+    check(reference, prompts, generate(engine, prompts, NUM_TOKENS), expected)
+    assert engine.scheduler.tables.num_hit >= 32
+
+
 def step_logits(decoder: Decoder, cache: PagedKV, pieces: list[Slice]) -> torch.Tensor:
     return decoder.forward(prepare(Batch(1, tuple(pieces)), cache.block_size), cache)
 

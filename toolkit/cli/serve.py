@@ -36,7 +36,8 @@ KvMemory = Annotated[
 ]
 MaxContext = Annotated[int | None, typer.Option(help="Longest prompt and output together.")]
 Threads = Annotated[int | None, typer.Option(help="Threads to compute with; default every core.")]
-Policy = Annotated[str, typer.Option(help="Which prompt goes first: fcfs or spf (shortest).")]
+Policy = Annotated[str, typer.Option(help="Which prompt goes first: fcfs, spf or priority.")]
+PrefixCache = Annotated[bool, typer.Option(help="Share the KV of equal beginnings of prompts.")]
 
 
 def _settings(*, threads: int | None, kv_memory: str | None, **given: Any) -> EngineSettings:
@@ -70,6 +71,7 @@ def run(
     threads: Threads = None,
     pin: Annotated[bool, typer.Option(help="Tie the engine's threads to cores.")] = True,
     policy: Policy = "fcfs",
+    prefix_cache: PrefixCache = True,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 256,
     max_queue_tokens: Annotated[
         int | None, typer.Option(help="Prompt tokens that may wait; more get 429.")
@@ -94,6 +96,7 @@ def run(
         max_context=max_context,
         pin=pin,
         policy=policy,
+        prefix_cache=prefix_cache,
         max_queue=max_queue,
         max_queue_tokens=max_queue_tokens,
         seed=seed,

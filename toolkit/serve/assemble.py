@@ -40,6 +40,7 @@ class EngineSettings:
     threads: int | None = None
     pin: bool = False
     policy: str = "fcfs"
+    prefix_cache: bool = True
     max_queue: int | None = None
     max_queue_tokens: int | None = None
     seed: int = 0
@@ -127,13 +128,15 @@ def build(model: LoadedModel, settings: EngineSettings) -> tuple[Engine, CpuExec
             max_batch=settings.max_batch,
             step_tokens=settings.step_tokens,
             max_context=min(context, capacity),
+            prefix_cache=settings.prefix_cache,
             max_queue=settings.max_queue,
             max_queue_tokens=settings.max_queue_tokens,
             eos_ids=model.eos_ids,
         ),
         BlockPool(num_blocks, settings.block_size),
         prefill_policy=policy.make(settings.policy),
-        decode_policy=policy.make("fcfs"),
+        # Who loses its blocks first is decided by the decode policy's order.
+        decode_policy=policy.make("priority" if settings.policy == "priority" else "fcfs"),
     )
     executor = CpuExecutor(
         Decoder(config, model.weights),

@@ -51,9 +51,13 @@ class WaitingQueue:
     def refresh(self, now: float) -> None:
         """Sort anew when the policy said that keys would by now have changed by themselves."""
         if self._rekey_s is not None and now >= self._rekey_s:
-            self._heap = [(self._policy.key(request, None, now), request) for request in self]
-            heapq.heapify(self._heap)
+            self.rekey(now)
         self._rekey_s = self._policy.next_change(now)
+
+    def rekey(self, now: float) -> None:
+        """Sort anew: something that keys depend on has changed."""
+        self._heap = [(self._policy.key(request, None, now), request) for request in self]
+        heapq.heapify(self._heap)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless the counts are those of what waits."""

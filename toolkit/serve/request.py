@@ -79,7 +79,8 @@ class Request:
     """One call and its progress. Mutable: the scheduler owns it, and it alone changes it.
 
     `num_computed` counts the tokens whose KV lies in `block_ids`. `arrival_seq` is given when the
-    scheduler first sees the request and is kept through preemption.
+    scheduler first sees the request and is kept through preemption. `priority` is for the policies
+    that heed it, smaller first. Requests of another `cache_salt` share no cached prefix with it.
     """
 
     id: str
@@ -87,6 +88,8 @@ class Request:
     sampling: SamplingParams
     arrival_s: float = 0.0
     program_id: str | None = None
+    priority: int = 0
+    cache_salt: str = ""
     arrival_seq: int = -1
     seed: int = 0
     max_total_tokens: int = 0
@@ -95,6 +98,11 @@ class Request:
     phase: Phase = Phase.PREFILL
     output_ids: list[int] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
+    # Names of its full blocks so far; how many tokens the cache held for it when it was first
+    # admitted, and holds while it waits.
+    block_names: list[bytes] = field(default_factory=list)
+    num_cached: int = 0
+    num_reusable: int = 0
     num_computed: int = 0
     in_flight: bool = False
     num_preemptions: int = 0

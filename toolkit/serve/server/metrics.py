@@ -31,7 +31,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._scheduler = engine.scheduler
         self._model_name = model_name
-        self._preemptions_seen = 0
+        self._seen = (0, 0, 0)
         self._finished_seen = dict.fromkeys(FinishReason, 0)
         scheduler = engine.scheduler
         for name, text, read in (
@@ -43,6 +43,8 @@ class Metrics:
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens computed.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self._preemptions = self._counter("num_preemptions", "Requests whose blocks were taken.")
+        self._queried = self._counter("prefix_cache_queries", "Prompt tokens looked up.")
+        self._hit = self._counter("prefix_cache_hits", "Prompt tokens found cached.")
         self._success = Counter(
             "vllm:request_success",
             "Requests ended, by reason.",
@@ -75,9 +77,13 @@ class Metrics:
     def render(self) -> bytes:
         """Return the text Prometheus scrapes."""
         # What the scheduler counts itself is carried over by difference.
-        preemptions = self._scheduler.num_preemptions
-        self._preemptions.inc(preemptions - self._preemptions_seen)
-        self._preemptions_seen = preemptions
+        tables = self._scheduler.tables
+        now = (self._scheduler.num_preemptions, tables.num_queried, tables.num_hit)
+        for counter, count, seen in zip(
+            (self._preemptions, self._queried, self._hit), now, self._seen, strict=True
+        ):
+            counter.inc(count - seen)
+        self._seen = now
         for reason, count in self._scheduler.num_finished.items():
             ended = self._success.labels(self._model_name, reason.value)
             ended.inc(count - self._finished_seen[reason])
