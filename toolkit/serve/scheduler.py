@@ -104,6 +104,15 @@ class Scheduler:
         self._step = 0
         self._ranked_version = pool.version
 
+    def successor(self) -> Scheduler:
+        """Return a scheduler with the same limits and policies, and nothing in it."""
+        pool = BlockPool(self.pool.num_blocks, self.pool.block_size)
+        prefill = self.prefill_policy.fresh()
+        shared = self.decode_policy is self.prefill_policy
+        return Scheduler(
+            self.config, pool, prefill, prefill if shared else self.decode_policy.fresh()
+        )
+
     # -- what is there -------------------------------------------------------------------------
 
     @property
@@ -151,6 +160,8 @@ class Scheduler:
         request.max_total_tokens = min(
             self.config.max_context, length + (limit or self.config.max_context)
         )
+        eos_ids = frozenset() if request.sampling.ignore_eos else self.config.eos_ids
+        request.end_ids = request.sampling.stop_token_ids | eos_ids
         request.arrival_seq, self._arrivals = self._arrivals, self._arrivals + 1
         for policy in self._policies():
             policy.on_arrival(request, None, now)
@@ -217,6 +228,8 @@ class Scheduler:
                 request.phase = Phase.DECODE
             before_s = request.arrival_s if request.last_token_s is None else request.last_token_s
             request.output_ids.append(token_id)
+            if request.grammar is not None:
+                request.grammar.accept(token_id)
             request.last_token_s = now
             if request.first_token_s is None:
                 request.first_token_s = now
@@ -270,10 +283,7 @@ class Scheduler:
         return Slice(request, request.phase, request.num_computed, request.num_computed + count)
 
     def _ending(self, request: Request, token_id: int) -> FinishReason | None:
-        sampling = request.sampling
-        if token_id in sampling.stop_token_ids:
-            return FinishReason.STOP
-        if token_id in self.config.eos_ids and not sampling.ignore_eos:
+        if token_id in request.end_ids or (request.grammar and request.grammar.ended):
             return FinishReason.STOP
         if request.num_tokens >= request.max_total_tokens:
             return FinishReason.LENGTH

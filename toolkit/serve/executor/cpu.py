@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ class CpuExecutor:
     ) -> None:
         """`pin` ties the thread that calls `start`, and so torch's pool, to `threads` cores."""
         self.decoder = decoder
+        self.num_blocks = num_blocks
         self.cache = PagedKV(decoder.config, num_blocks, block_size)
         self.threads = threads
         # From the top: what else runs in the process, the server first of all, stays low.
@@ -43,16 +45,17 @@ class CpuExecutor:
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
         """Compute the batch's tokens and draw the next of each slice that samples."""
-        logits = self.decoder.forward(prepare(batch, self.cache.block_size), self.cache)
-        drawing = [piece.request for piece in batch.slices if piece.samples]
-        tokens = iter(
-            sampler.sample(
-                logits,
-                [request.sampling for request in drawing],
-                [(request.seed, len(request.output_ids)) for request in drawing],
-            )
-        )
-        return StepResult(tuple(next(tokens) if piece.samples else None for piece in batch.slices))
+        step, hidden = prepare(batch, self.cache.block_size), None
+        if len(step.pooled_rows):
+            hidden = torch.empty(len(step.pooled_rows), self.decoder.config.hidden_size)
+        logits = self.decoder.forward(step, self.cache, hidden)
+        return sampler.draw(logits, batch, hidden)
+
+    def successor(self) -> CpuExecutor:
+        """Return an executor of the same weights with an empty cache."""
+        made = copy.copy(self)
+        made.cache = PagedKV(self.decoder.config, self.num_blocks, self.cache.block_size)
+        return made
 
     def close(self) -> None:
         """Let go of the cache's memory."""

@@ -104,7 +104,10 @@ class BlockTables:
         request.num_computed = 0
 
     def _reads(self, request: Request) -> bool:
-        return self.prefix_cache
+        # Scoring needs the logits of all the prompt's tokens, pooling their hidden states: neither
+        # is kept.
+        whole = request.pooled or request.sampling.prompt_logprobs is not None
+        return self.prefix_cache and not whole
 
     def _num_shareable(self, request: Request) -> int:
         """Full blocks that may come from the cache: the last token is always computed."""

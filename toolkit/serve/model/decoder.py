@@ -87,8 +87,14 @@ class Decoder:
         return held
 
     @torch.inference_mode()
-    def forward(self, step: StepInput, cache: PagedKV) -> torch.Tensor:
-        """Return float32 logits `[len(sample_rows), V]`; the KV of every token is in `cache`."""
+    def forward(
+        self, step: StepInput, cache: PagedKV, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return float32 logits `[len(sample_rows), V]`; the KV of every token is in `cache`.
+
+        The normed last hidden states of `pooled_rows` are written to `hidden`
+        `[len(pooled_rows), E]`, if given.
+        """
         eps, size = self.config.rms_norm_eps, (self.config.hidden_size,)
         cos_N1D = self._cos[step.positions].unsqueeze(1)
         sin_N1D = self._sin[step.positions].unsqueeze(1)
@@ -101,6 +107,8 @@ class Decoder:
             normed_NE = F.rms_norm(x_NE, size, layer.ffn_norm, eps)
             gate_NF, up_NF = layer.gate_up(normed_NE).chunk(2, dim=-1)
             x_NE = x_NE + layer.down(F.silu(gate_NF).mul_(up_NF))
+        if hidden is not None:
+            hidden.copy_(F.rms_norm(x_NE[step.pooled_rows], size, self.norm, eps))
         last = F.rms_norm(x_NE[step.sample_rows], size, self.norm, eps)
         return self.head(last)
 

@@ -52,6 +52,7 @@ class StepInput:
     positions: torch.Tensor
     slots: torch.Tensor
     sample_rows: torch.Tensor
+    pooled_rows: torch.Tensor
     chunks: tuple[Chunk, ...]
     groups: tuple[DecodeGroup, ...]
 
@@ -62,6 +63,7 @@ def prepare(batch: Batch, block_size: int) -> StepInput:
     positions: list[int] = []
     slots: list[int] = []
     sample_rows: list[int] = []
+    pooled_rows: list[int] = []
     chunks: list[Chunk] = []
     decoding: dict[int, list[tuple[int, Slice]]] = {}
     for piece in batch.slices:
@@ -72,8 +74,9 @@ def prepare(batch: Batch, block_size: int) -> StepInput:
             blocks[position // block_size] * block_size + position % block_size
             for position in range(piece.start, piece.end)
         ]
-        if piece.samples:
-            sample_rows.append(len(tokens) - 1)
+        sample_rows += range(len(tokens) - piece.num_logits, len(tokens))
+        if piece.request.pooled:
+            pooled_rows += range(first, len(tokens))
         if piece.phase is Phase.PREFILL:
             chunks.append(_chunk(piece, first, block_size))
         else:
@@ -85,6 +88,7 @@ def prepare(batch: Batch, block_size: int) -> StepInput:
         torch.tensor(positions),
         torch.tensor(slots),
         torch.tensor(sample_rows, dtype=torch.long),
+        torch.tensor(pooled_rows, dtype=torch.long),
         tuple(chunks),
         tuple(_group(members, block_size) for members in decoding.values()),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Protocol
 
@@ -28,6 +29,10 @@ class Policy(ABC):
     name: ClassVar[str]
     # Whether a key depends on how much of a waiting call the prefix cache holds.
     ranks_cached: ClassVar[bool] = False
+
+    def fresh(self) -> Policy:
+        """Return the same policy, knowing of no call. One that keeps state overrides this."""
+        return copy.copy(self)
 
     @abstractmethod
     def key(self, call: Request, program: Program | None, now: float) -> Key:
