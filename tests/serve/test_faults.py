@@ -123,3 +123,39 @@ def test_clients_that_come_and_go_leave_nothing_behind(served: Any) -> None:
     assert scheduler.pool.num_used == 0
     served.until(lambda: not served.service._calls)
     assert not served.service.engine._streams
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1e-310, "top_p": 0.5},
+        {"temperature": 2, "top_p": 1e-300, "extra_body": {"min_p": 1}},
+        {"logit_bias": {"5": 100, "6": -100}, "temperature": 1e-5},
+        {"extra_body": {"repetition_penalty": 0.01, "top_k": 10**9}, "temperature": 1},
+        {"extra_body": {"stop_token_ids": list(range(49_152)), "min_tokens": 2}, "temperature": 1,
+         "top_p": 0.9},
+        {"logit_bias": {"49152": 1}},
+        {"extra_body": {"stop_token_ids": [-1], "min_tokens": 2}},
+        {"extra_body": {"guided_grammar": 'root ::= "a" root'}, "top_p": 0.9, "temperature": 1},
+        {"prompt": ["a"] * 300},
+    ],
+    ids="+".join,
+)  # fmt: skip
+def test_extreme_values_hurt_nobody_else(served: Any, options: dict[str, Any]) -> None:
+    with contextlib.suppress(openai.BadRequestError):
+        served.ask(**options)
+    assert served.ask().choices
+    assert served.metric("toolkit:engine_restarts_total") == 0
+
+
+def test_a_template_is_not_the_clients_to_choose(served: Any) -> None:
+    for key in ("chat_template", "tools", "tokenize"):
+        answered = httpx.post(
+            f"{served.url}/v1/chat/completions",
+            json={
+                "model": "tiny",
+                "messages": [{"role": "user", "content": "a"}],
+                "chat_template_kwargs": {key: "x"},
+            },
+        )
+        assert answered.status_code == 400

@@ -15,8 +15,9 @@ from toolkit.serve.clock import VirtualClock
 from toolkit.serve.engine import Engine
 from toolkit.serve.kv.blocks import BlockPool, BlockState
 from toolkit.serve.policy import make
+from toolkit.serve.queue import QueueFullError
 from toolkit.serve.request import FinishReason, Phase, Request, SamplingParams, Status
-from toolkit.serve.scheduler import QueueFullError, Scheduler, SchedulerConfig
+from toolkit.serve.scheduler import Scheduler, SchedulerConfig
 
 
 class FakeExecutor:
@@ -339,11 +340,17 @@ def test_abort_in_flight_frees_blocks_only_after_the_step() -> None:
 
 def test_caps_on_what_waits() -> None:
     engine, _ = fake_engine(max_queue=2, max_queue_tokens=10)
-    engine.scheduler.check_room(2, 10)
+    check_room = engine.scheduler.queue.check_room
+    check_room(2, 10)
     with pytest.raises(QueueFullError, match="3 requests would wait and the cap is 2"):
-        engine.scheduler.check_room(3, 3)
+        check_room(2, 3, num_coming=1, tokens_coming=3)
     with pytest.raises(QueueFullError, match="11 tokens"):
-        engine.scheduler.check_room(1, 11)
+        check_room(1, 8, num_coming=1, tokens_coming=3)
+    # Coming back later would not help these.
+    with pytest.raises(UsageError, match="3 requests at once are more than may ever wait"):
+        check_room(3, 3)
+    with pytest.raises(UsageError, match="11 tokens at once"):
+        check_room(1, 11)
 
 
 def test_what_can_never_be_served_is_refused() -> None:

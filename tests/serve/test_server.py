@@ -154,6 +154,7 @@ def test_errors_have_openai_shape(served: Any) -> None:
     for response in (httpx.get(f"{served.url}/nowhere"), httpx.get(f"{served.url}/v1/completions")):
         assert response.status_code in (404, 405)
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert response.headers["allow"] == "POST"
 
 
 def test_a_client_that_leaves_ends_generation(served: Any) -> None:

@@ -12,7 +12,7 @@ from toolkit.serve.assemble import EngineSettings, assemble
 from toolkit.serve.batch import Score
 from toolkit.serve.engine import Output
 from toolkit.serve.grammar import Grammars
-from toolkit.serve.request import Request, SamplingParams
+from toolkit.serve.request import Request, SamplingParams, check_ids
 from toolkit.timeline import Timeline
 
 Prompt = str | Sequence[int]
@@ -40,6 +40,7 @@ class LLM:
         assembly = assemble(ref, settings or EngineSettings())
         self.engine, self.tokenizer = assembly.engine, assembly.tokenizer
         eos_ids = self.engine.scheduler.config.eos_ids
+        self._vocab_size = assembly.vocab_size
         self._grammars = Grammars(self.tokenizer, assembly.vocab_size, eos_ids)
         self.engine.executor.start()
         self._num_requests = 0
@@ -111,6 +112,7 @@ class LLM:
             raise ToolkitError(
                 "this LLM is in the middle of a stream", remedy="read it to its end, or close it"
             )
+        check_ids(params, self._vocab_size)
         now = self.engine.clock.now()
         requests = []
         for ids in prompts:

@@ -88,7 +88,7 @@ class SamplingParams:
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100"),
             ("stop", all(self.stop), "non-empty strings"),
             ("min_tokens", 0 <= self.min_tokens <= most, "0 or more, at most max_tokens"),
             ("logprobs", 0 <= (self.logprobs or 0) <= _MAX_LOGPROBS, f"0 to {_MAX_LOGPROBS}"),
@@ -104,13 +104,25 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        # Below this, as in vLLM: what it would be divided by leaves the range of floats.
+        return self.temperature < 1e-5
 
     @property
     def changes_logits(self) -> bool:
         """Whether logits are altered before temperature and cuts, a grammar aside."""
         penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1)
         return bool(self.logit_bias or self.min_tokens or any(penalties))
+
+
+def check_ids(params: SamplingParams, vocab_size: int) -> None:
+    """Raise UsageError where a token is named that the model does not have."""
+    biased = (token for token, _ in params.logit_bias)
+    for name, ids in (("logit_bias", biased), ("stop_token_ids", params.stop_token_ids)):
+        wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            raise UsageError(
+                f"{name} has token id {wrong}, which is not in the vocabulary of {vocab_size}"
+            )
 
 
 @dataclass(slots=True, eq=False)

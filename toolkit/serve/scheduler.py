@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from toolkit.errors import ToolkitError, UsageError
+from toolkit.errors import UsageError
 from toolkit.serve.batch import Batch, Slice
 from toolkit.serve.kv.blocks import BlockPool
 from toolkit.serve.kv.tables import BlockTables
@@ -19,12 +19,6 @@ from toolkit.serve.queue import WaitingQueue
 from toolkit.serve.request import FinishReason, Phase, Request, Status
 
 BOTH = (Phase.DECODE, Phase.PREFILL)
-
-
-class QueueFullError(ToolkitError):
-    """The waiting queue has reached its cap; the request was not accepted."""
-
-    kind = "queue-full"
 
 
 @dataclass(frozen=True)
@@ -99,7 +93,9 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_preemptions = 0
         self.num_finished = dict.fromkeys(FinishReason, 0)
-        self.queue = WaitingQueue(prefill_policy)
+        self.queue = WaitingQueue(
+            prefill_policy, max_requests=config.max_queue, max_tokens=config.max_queue_tokens
+        )
         self._arrivals = 0
         self._step = 0
         self._ranked_version = pool.version
@@ -136,22 +132,6 @@ class Scheduler:
                 "which leaves no room to generate",
                 remedy="shorten the prompt, or raise the maximum context",
             )
-
-    def check_room(self, num_requests: int, num_tokens: int) -> None:
-        """Raise QueueFullError when that many more requests and prompt tokens may not queue.
-
-        For whoever lets requests in, before `add`; one let in is never turned away afterwards.
-        """
-        caps = (
-            ("requests", self.queue.num_requests + num_requests, self.config.max_queue),
-            ("tokens", self.queue.num_tokens + num_tokens, self.config.max_queue_tokens),
-        )
-        for what, wanted, cap in caps:
-            if cap is not None and wanted > cap:
-                raise QueueFullError(
-                    f"the queue is full: {wanted} {what} would wait and the cap is {cap}",
-                    remedy="try again later",
-                )
 
     def add(self, request: Request, now: float) -> None:
         """Queue a new request. Raises UsageError when it could never be served."""

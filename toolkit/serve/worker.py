@@ -81,9 +81,11 @@ class Worker:
         with self._wake:
             if self._error is not None or self._stopping:
                 raise self._error or EngineDeadError("the engine has been stopped")
-            arriving = [*self._inbox, *submissions]
-            tokens = sum(len(submission.request.prompt_ids) for submission in arriving)
-            scheduler.check_room(len(arriving), tokens)
+            tokens = sum(len(submission.request.prompt_ids) for submission in submissions)
+            coming = sum(len(submission.request.prompt_ids) for submission in self._inbox)
+            scheduler.queue.check_room(
+                len(submissions), tokens, num_coming=len(self._inbox), tokens_coming=coming
+            )
             self._inbox.extend(submissions)
             self._wake.notify()
 

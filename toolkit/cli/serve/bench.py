@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,7 +88,9 @@ def bench(
                 texts.prompts(arrivals),
                 on_done=lambda task=task: bar.advance(task),  # type: ignore[misc]
             )
-            runs.append({"rate": each} | report.summary(asyncio.run(done), promise))
+            # JSON knows no infinity: None stands for all at once.
+            sent = each if math.isfinite(each) else None
+            runs.append({"rate": sent} | report.summary(asyncio.run(done), promise))
     if picture is not None:
         report.draw(runs, picture, f"{target.model} at {base}")
     body = {"url": base, "model": target.model, "seed": seed, "runs": runs}
@@ -109,7 +112,8 @@ def _table(body: dict[str, Any]) -> Any:
     columns += ["TBT p50>", "p99>", "e2e p50>", "p95>", "good/s>"]
     rows = []
     for run in body["runs"]:
-        cells = [f"{run['rate']:g}", run["num_served"], run["num_requests"] - run["num_served"]]
+        sent = "at once" if run["rate"] is None else f"{run['rate']:g}"
+        cells = [sent, run["num_served"], run["num_requests"] - run["num_served"]]
         cells.append(f"{run['output_tokens_per_s']:.1f}")
         for key, low, high in (("ttft_s", 50, 95), ("tbt_s", 50, 99), ("e2e_s", 50, 95)):
             spread = run[key] or {}

@@ -76,6 +76,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     pyplot = require("matplotlib.figure", extra="plots")
     figure = pyplot.Figure(figsize=(11, 3.6), layout="constrained")
     panels = figure.subplots(1, 3)
+    runs = [run for run in runs if run["rate"] is not None]
     rates = [run["rate"] for run in runs]
     for panel, key, text in (
         (panels[0], "ttft_s", "time to first token"),

@@ -156,6 +156,9 @@ def _draw(logits: torch.Tensor, params: SamplingParams, uniform: float) -> int:
         floor = params.min_p * probabilities.max()
         probabilities = probabilities.where(probabilities >= floor, 0.0)
     reached = probabilities.cumsum(-1)
+    if not reached[-1] > 0:
+        # Nothing is allowed at all, as where a grammar leads nowhere.
+        return int(torch.argmax(logits))
     target = uniform * reached[-1]
     index = int(torch.searchsorted(reached, target, right=True))
     # Rounding may carry the target to the very end: take the last token that is allowed at all.

@@ -19,6 +19,12 @@ from toolkit.serve.request import SamplingParams
 # their leading space only after another word.
 _CONTEXT = 4
 _INCOMPLETE = "\ufffd"
+# What is passed to the template's renderer beside a template's own settings.
+_OURS = frozenset(
+    {"conversation", "tools", "documents", "chat_template", "add_generation_prompt"}
+    | {"continue_final_message", "tokenize", "padding", "truncation", "max_length"}
+    | {"return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
+)
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -91,13 +97,13 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
-        **template_settings: Any,
+        settings: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Return the tokens of a conversation, ready for the assistant's turn.
 
         `tools` (OpenAI's) are described by the template; where it knows of none, by a system
-        message in Hermes' words. Raises UsageError when the model has no chat template or it
-        refuses the messages.
+        message in Hermes' words. `settings` are the template's own. Raises UsageError when the
+        model has no chat template or it refuses the messages.
         """
         import jinja2
 
@@ -105,6 +111,9 @@ class Tokenizer:
             raise UsageError(
                 "this model has no chat template", remedy="use plain completions instead"
             )
+        own = dict(settings or {})
+        if taken := own.keys() & _OURS:
+            raise UsageError(f"{sorted(taken)[0]!r} is no setting of a chat template's own")
         conversation = [dict(message) for message in messages]
         offered = [dict(tool) for tool in tools] or None
         if not self._knows_tools:
@@ -115,7 +124,7 @@ class Tokenizer:
                 tools=offered,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **template_settings,
+                **own,
             )
         except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
             raise UsageError(f"the chat template refuses these messages: {error}") from error

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -61,10 +63,27 @@ def create(service: Service, door: Doorkeeping | None = None) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def _http(_: Request, error: HTTPException) -> JSONResponse:
-        return failures.respond(error.status_code, str(error.detail))
+        response = failures.respond(error.status_code, str(error.detail))
+        # 405 names the methods there are.
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(Exception)
     async def _bug(_: Request, error: Exception) -> JSONResponse:
         return failures.respond(500, f"internal error: {type(error).__name__}")
 
+    app.openapi = functools.partial(_description, app, service.model_name)  # type: ignore[method-assign]
     return app
+
+
+def _description(app: FastAPI, model_name: str) -> dict[str, Any]:
+    """Return the OpenAPI description, which names the one model there is to ask."""
+    if app.openapi_schema is None:
+        made = FastAPI.openapi(app)
+        for schema in made["components"]["schemas"].values():
+            asked = schema.get("properties", {}).get("model")
+            if asked is not None and schema.get("additionalProperties") is False:
+                asked |= {"examples": [model_name], "enum": [model_name]}
+                asked.pop("anyOf", None)
+    assert app.openapi_schema is not None
+    return app.openapi_schema

@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from toolkit.errors import ToolkitError, UsageError
-from toolkit.serve.scheduler import QueueFullError
+from toolkit.serve.queue import QueueFullError
 from toolkit.serve.worker import EngineDeadError
 
 _TYPES = {

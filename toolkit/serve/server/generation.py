@@ -58,7 +58,7 @@ def router(service: Service) -> APIRouter:
             service.tokenizer.chat,
             [message.plain() for message in body.messages],
             tools=[tool.model_dump(exclude_none=True) for tool in body.offered],
-            **(body.chat_template_kwargs or {}),
+            settings=body.chat_template_kwargs,
         )
 
         def choice(index: int) -> Choice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import time
 from importlib import resources
 from typing import Any
@@ -30,7 +31,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def live() -> str:
         """The live page."""
-        return page.replace("{{model}}", service.model_name)
+        return page.replace("{{model}}", html.escape(service.model_name))
 
     @routes.get("/stats")
     async def stats() -> dict[str, Any]:
@@ -105,7 +106,7 @@ def _tokens(service: Service, body: TokenizeRequest) -> list[int]:
         [message.plain() for message in body.messages or ()],
         tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()],
         add_generation_prompt=body.add_generation_prompt,
-        **(body.chat_template_kwargs or {}),
+        settings=body.chat_template_kwargs,
     )
 
 

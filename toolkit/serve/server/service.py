@@ -14,7 +14,7 @@ from toolkit import log
 from toolkit.serve.engine import Engine, Output, StepReport
 from toolkit.serve.grammar import Grammars
 from toolkit.serve.model.tokenizer import Tokenizer
-from toolkit.serve.request import Request, SamplingParams
+from toolkit.serve.request import Request, SamplingParams, check_ids
 from toolkit.serve.server.live import Live
 from toolkit.serve.server.metrics import Metrics
 from toolkit.serve.server.tool_calls import format_of
@@ -160,6 +160,7 @@ class Service:
         for prompt in ask.prompts:
             for choice in range(ask.num):
                 params = ask.sampling(choice)
+                check_ids(params, self.vocab_size)
                 request = Request(
                     f"{stem}-{len(submissions)}",
                     tuple(prompt),
