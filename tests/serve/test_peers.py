@@ -1,6 +1,6 @@
 """Other people's clients and checkers against the server, from an environment of their own.
 
-python -m venv PEERS && PEERS/bin/pip install schemathesis litellm 'lm-eval[api]'
+python -m venv PEERS && PEERS/bin/pip install schemathesis litellm 'lm-eval[api]' transformers
 TOOLKIT_PEERS=PEERS python -m pytest tests/serve/test_peers.py
 """
 
@@ -98,7 +98,7 @@ dataset_kwargs: {data_files: {test: DATA}}
 test_split: test
 output_type: multiple_choice
 doc_to_text: "{{question}}"
-doc_to_choice: [" a", " b c d"]
+doc_to_choice: ["a", "b c d"]
 doc_to_target: 0
 metric_list: [{metric: acc}]
 """
