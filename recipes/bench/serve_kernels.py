@@ -108,7 +108,7 @@ def work(decoder: Any, rows: int, samples: int, context: float) -> tuple[float, 
     layer = hidden * (attention + 2 * kv) + attention * hidden + 3 * hidden * ffn
     products = 2 * (config.num_layers * layer * rows + config.vocab_size * hidden * samples)
     scores = 4 * config.num_layers * attention * context * rows
-    return products + scores, decoder.step_bytes + context * samples * config.kv_bytes_per_token()
+    return products + scores, decoder.step_bytes + context * samples * config.kv_bytes_per_token(decoder.kv_dtype.itemsize)
 
 
 def decode(decoder: Any, batch: int, seconds: float, limit: dict[str, float]) -> dict[str, float]:

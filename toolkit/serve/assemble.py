@@ -68,6 +68,7 @@ class Assembly:
             "kernels": self.executor.decoder.kernels,
             "weight_bytes": self.executor.decoder.weight_bytes,
             "kv_bytes": self.executor.cache.num_bytes,
+            "kv_dtype": str(self.executor.decoder.kv_dtype).removeprefix("torch."),
             "kv_tokens": pool.capacity_tokens,
             "kv_blocks": pool.num_blocks,
             "block_size": pool.block_size,
@@ -101,7 +102,8 @@ def build(model: LoadedModel, settings: EngineSettings) -> tuple[Engine, CpuExec
     Raises InfeasibleError when not even one block fits, UsageError for contradictory settings.
     """
     config = model.config
-    block_bytes = settings.block_size * config.kv_bytes_per_token()
+    decoder = make_decoder(model, check_mode(settings.quantise))
+    block_bytes = settings.block_size * config.kv_bytes_per_token(decoder.kv_dtype.itemsize)
     context = min(settings.max_context or config.max_context, config.max_context)
     if settings.max_context and settings.max_context > config.max_context:
         raise UsageError(
@@ -139,7 +141,7 @@ def build(model: LoadedModel, settings: EngineSettings) -> tuple[Engine, CpuExec
         decode_policy=policy.make("fcfs"),
     )
     executor = CpuExecutor(
-        make_decoder(model, check_mode(settings.quantise)),
+        decoder,
         num_blocks=num_blocks,
         block_size=settings.block_size,
         threads=_threads(settings),

@@ -5,7 +5,10 @@ Shape suffixes: N tokens, B sequences, K key-value heads, D head size, C context
 
 from __future__ import annotations
 
-import numpy as np
+import contextlib
+import math
+import mmap
+
 import torch
 
 from toolkit.serve.model.config import DecoderConfig
@@ -25,18 +28,16 @@ class PagedKV:
         block_size: int,
         *,
         lanes: int = 1,
-        dtype: type[np.floating] = np.float32,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.block_size, self.head_size = block_size, config.head_size
         self.padded_block = -(-block_size // lanes) * lanes
         self.padded_head = -(-config.head_size // lanes) * lanes
         heads, layers = config.num_kv_heads, range(config.num_layers)
-        # Zeros, because padding is read and 0 x NaN is NaN; numpy's, because the system hands out
-        # their pages only as blocks are first written, while torch touches all of them at once.
         keys = (num_blocks, heads, config.head_size, self.padded_block)
         values = (num_blocks, heads, block_size, self.padded_head)
-        self.keys = [torch.from_numpy(np.zeros(keys, dtype)) for _ in layers]
-        self.values = [torch.from_numpy(np.zeros(values, dtype)) for _ in layers]
+        self.keys = [_zeros(keys, dtype) for _ in layers]
+        self.values = [_zeros(values, dtype) for _ in layers]
 
     @property
     def num_bytes(self) -> int:
@@ -64,3 +65,18 @@ class PagedKV:
         """Let go of the memory."""
         self.keys.clear()
         self.values.clear()
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return zeros (padding is read, and 0 x NaN is NaN) whose pages are not touched yet.
+
+    Anonymous memory: the system hands it out as blocks are first written, and on large pages
+    where it can, for blocks lie scattered and every one would else be a page to look up.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # Refused by kernels without large pages: then small ones do.
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

@@ -42,6 +42,7 @@ class Decoder:
 
     kernels = "torch"
     dtype = "float32"
+    kv_dtype = torch.float32
 
     def __init__(self, config: DecoderConfig, weights: MutableMapping[str, Weight]) -> None:
         """Empty `weights` (`loaded.expected`'s names) into layers.

@@ -31,12 +31,18 @@ class NativeDecoder:
     cut into chunks, and on any number of threads.
     """
 
-    def __init__(self, config: DecoderConfig, weights: MutableMapping[str, Weight]) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: MutableMapping[str, Weight],
+        *,
+        kv_dtype: torch.dtype = torch.float32,
+    ) -> None:
         """Empty `weights` (`loaded.expected`'s names) into packed matrices, layer by layer.
 
-        Raises ToolkitError where the kernels cannot be built.
+        `kv_dtype` is float32 or float16. Raises ToolkitError where the kernels cannot be built.
         """
-        self.config, self.library = config, library()
+        self.config, self.library, self.kv_dtype = config, library(), kv_dtype
         self._kept: list[np.ndarray] = []
         self._matrices: list[PackedMatrix] = []
         embedding = weights.pop("embed_tokens.weight")
@@ -106,7 +112,8 @@ class NativeDecoder:
 
     def make_cache(self, num_blocks: int, block_size: int) -> PagedKV:
         """Return a KV cache as this decoder reads it."""
-        return PagedKV(self.config, num_blocks, block_size, lanes=self.library.lanes)
+        lanes = self.library.lanes
+        return PagedKV(self.config, num_blocks, block_size, lanes=lanes, dtype=self.kv_dtype)
 
     def forward(self, step: StepInput, cache: PagedKV) -> torch.Tensor:
         """Return float32 logits `[len(sample_rows), V]`, valid until the next call.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
+
 from toolkit import log
 from toolkit.errors import ToolkitError, unknown_name
 from toolkit.serve.model.decoder import Decoder
@@ -47,7 +49,9 @@ def make_decoder(model: LoadedModel, mode: Mode) -> Decoder | NativeDecoder:
     for name in list(model.weights):
         model.weights[name] = converted(name, model.weights[name], mode)
     try:
-        return NativeDecoder(model.config, model.weights)
+        # With weights rounded this far, half-precision keys and values cost nothing more.
+        kv_dtype = torch.float32 if mode == "none" else torch.float16
+        return NativeDecoder(model.config, model.weights, kv_dtype=kv_dtype)
     except ToolkitError as error:
         logger.warning("%s", error)
         return Decoder(model.config, model.weights)

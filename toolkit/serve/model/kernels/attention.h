@@ -73,16 +73,21 @@ class Attention {
         key_tile_((size_t)shape.head_size * cache.padded_block),
         value_tile_((size_t)cache.block_size * cache.padded_head) {}
 
-  // Store the key and value of one token, already rotated, at its slot.
+  // Store the key and value of one token, already rotated, at its slot. Reads and writes whole
+  // vectors: what stands beyond a head goes into padding that nobody looks at.
   void write(int slot, const float* key, const float* value) const {
     const int block = slot / cache_.block_size, offset = slot % cache_.block_size;
     const int size = shape_.head_size;
     for (int h = 0; h < shape_.kv_heads; ++h, key += size, value += size) {
-      Kept* k = keys_ + ((size_t)block * shape_.kv_heads + h) * key_tile_ + offset;
-      Kept* v = values_ + ((size_t)block * shape_.kv_heads + h) * value_tile_ +
-                (size_t)offset * cache_.padded_head;
-      for (int d = 0; d < size; ++d) keep(k[(size_t)d * cache_.padded_block], key[d]);
-      for (int d = 0; d < size; ++d) keep(v[d], value[d]);
+      Kept* k = keys_of(block, h) + offset;
+      Kept* v = values_of(block, h) + (size_t)offset * cache_.padded_head;
+      for (int d = 0; d < size; d += L) {
+        store(v + d, load(value + d));
+        Kept lanes[L];
+        store(lanes, load(key + d));
+        for (int i = 0; i < L && d + i < size; ++i)
+          k[(size_t)(d + i) * cache_.padded_block] = lanes[i];
+      }
     }
   }
 
@@ -107,10 +112,13 @@ class Attention {
       const int needed = (known - begin + cache_.block_size - 1) / cache_.block_size;
       const int count = needed < blocks ? needed : blocks;
       const int32_t* table = tables_ + sequence.table + block;
-      score(table, count, head, rows, s);
+      // Few rows mean that memory is waited for: what comes next is fetched meanwhile.
+      const bool fetch = rows <= TILE_ROWS;
+      score(table, count, head, rows, s, fetch);
       for (int r = 0; r < rows; ++r)
         soften(r, sequence.start + task.first + r / group + 1 - begin, count, s);
-      mix(table, count, known - begin, head, rows, s);
+      const int left = needed - count;
+      mix(table, count, known - begin, head, rows, s, fetch ? left < blocks ? left : blocks : 0);
     }
     for (int r = 0; r < rows; ++r) {
       const size_t row = sequence.first_row + task.first + r / group;
@@ -120,35 +128,36 @@ class Attention {
   }
 
  private:
-  static void keep(float& to, float value) { to = value; }
-  static void keep(uint16_t& to, float value) {
-    uint16_t lanes[L];
-    store(lanes, splat(value));
-    to = lanes[0];
+  Kept* keys_of(int block, int head) const {
+    return keys_ + ((size_t)block * shape_.kv_heads + head) * key_tile_;
+  }
+  Kept* values_of(int block, int head) const {
+    return values_ + ((size_t)block * shape_.kv_heads + head) * value_tile_;
   }
 
-  const Kept* key_vector(const int32_t* table, int head, int vector) const {
-    const int per_block = cache_.padded_block / L;
-    const size_t block = table[vector / per_block];
-    return keys_ + (block * shape_.kv_heads + head) * key_tile_ + vector % per_block * L;
-  }
-
-  // scores = queries x keys of `count` blocks.
-  void score(const int32_t* table, int count, int head, int rows, AttentionScratch& s) const {
-    const int size = shape_.head_size, vectors = count * (cache_.padded_block / L);
+  // scores = queries x keys of `count` blocks; `fetch` their values meanwhile.
+  void score(const int32_t* table, int count, int head, int rows, AttentionScratch& s,
+             bool fetch) const {
+    const int size = shape_.head_size, per_block = cache_.padded_block / L;
+    const int vectors = count * per_block;
+    const auto vector = [&](int v) {
+      return keys_of(table[v / per_block], head) + v % per_block * L;
+    };
     for (int v = 0; v < vectors; v += 2) {
       const bool pair = v + 1 < vectors;
-      const Kept* w0 = key_vector(table, head, v);
-      const Kept* w1 = pair ? key_vector(table, head, v + 1) : w0;
+      const Kept *w0 = vector(v), *w1 = pair ? vector(v + 1) : w0, *soon = nullptr;
+      if (fetch)
+        soon = values_of(table[v / per_block], head) +
+               (size_t)(v % per_block * L) * cache_.padded_head;
       tiles(0, rows, [&](int row, auto constant) {
         constexpr int ROWS = constant;
         F sums[ROWS][2];
         for (int r = 0; r < ROWS; ++r) sums[r][0] = sums[r][1] = zero();
         const float* x = s.queries.data() + (size_t)row * size;
         if (pair)
-          tile_float<ROWS, 2>(x, size, w0, w1, cache_.padded_block, size, sums);
+          tile_float<ROWS, 2>(x, size, w0, w1, cache_.padded_block, size, sums, soon);
         else
-          tile_float<ROWS, 1>(x, size, w0, w1, cache_.padded_block, size, sums);
+          tile_float<ROWS, 1>(x, size, w0, w1, cache_.padded_block, size, sums, soon);
         for (int r = 0; r < ROWS; ++r) {
           float* to = s.scores.data() + (size_t)(row + r) * s.width + v * L;
           store(to, sums[r][0]);
@@ -184,8 +193,9 @@ class Attention {
   }
 
   // outputs = outputs x decay + probabilities x values; nothing beyond `known` tokens is read.
-  void mix(const int32_t* table, int count, int known, int head, int rows,
-           AttentionScratch& s) const {
+  // The keys of the `fetch` blocks that follow are fetched meanwhile.
+  void mix(const int32_t* table, int count, int known, int head, int rows, AttentionScratch& s,
+           int fetch) const {
     const int padded = cache_.padded_head, vectors = padded / L;
     for (int v = 0; v < vectors; v += 2) {
       const bool pair = v + 1 < vectors;
@@ -201,13 +211,13 @@ class Attention {
         for (int b = 0; b < count; ++b) {
           const int left = known - b * cache_.block_size;
           const int tokens = left < cache_.block_size ? left : cache_.block_size;
-          const Kept* w = values_ +
-                          ((size_t)table[b] * shape_.kv_heads + head) * value_tile_ + v * L;
+          const Kept *w = values_of(table[b], head) + v * L, *soon = nullptr;
+          if (b < fetch) soon = keys_of(table[count + b], head) + (size_t)v / 2 * tokens * 16;
           const float* x = s.scores.data() + (size_t)row * s.width + b * cache_.padded_block;
           if (pair)
-            tile_float<ROWS, 2>(x, s.width, w, w + L, padded, tokens, sums);
+            tile_float<ROWS, 2>(x, s.width, w, w + L, padded, tokens, sums, soon);
           else
-            tile_float<ROWS, 1>(x, s.width, w, w, padded, tokens, sums);
+            tile_float<ROWS, 1>(x, s.width, w, w, padded, tokens, sums, soon);
         }
         for (int r = 0; r < ROWS; ++r) {
           float* to = s.outputs.data() + (size_t)(row + r) * padded + v * L;

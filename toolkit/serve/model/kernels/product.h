@@ -89,9 +89,11 @@ constexpr int BLOCK_K = 256;
 
 // sums[r] += sum over i of x[r][i] * (w0[i * step], w1[i * step]), in order of i. With VECTORS = 1,
 // w1 and the second sums are not touched.
+//
+// `soon` is what will be read next, 16 numbers for each i, or null.
 template <int ROWS, int VECTORS, class Kept>
 inline void tile_float(const float* x, int stride, const Kept* w0, const Kept* w1, int step,
-                       int count, F (&sums)[ROWS][2]) {
+                       int count, F (&sums)[ROWS][2], const Kept* soon = nullptr) {
   F held[ROWS][2];
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) held[r][0] = sums[r][0], held[r][1] = sums[r][1];
@@ -99,6 +101,7 @@ inline void tile_float(const float* x, int stride, const Kept* w0, const Kept* w
     F a = load(w0), b = VECTORS == 2 ? load(w1) : a;
     KERNELS_PIN(a);
     KERNELS_PIN(b);
+    if (soon) __builtin_prefetch(soon + (size_t)i * 16);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
       const F value = splat(x[(size_t)r * stride + i]);
