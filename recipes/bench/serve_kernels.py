@@ -3,8 +3,9 @@
 
     python recipes/bench/serve_kernels.py smollm2-135m --quantise none int8 int4
 
-Limits (memory read, float32 GEMM of torch) are measured in the same run. `GB/s` counts the weights
-and the KV that a step reads once each, `GFLOP/s` two operations per weight and row plus attention's.
+Limits (memory read, float32 GEMM of torch) are measured in the same run. `gb_s` counts the weights
+and the KV that a step reads, once each; `gflop_s` two operations per weight and row plus
+attention's.
 Timings need a machine that does nothing else.
 """
 
@@ -108,7 +109,9 @@ def work(decoder: Any, rows: int, samples: int, context: float) -> tuple[float, 
     layer = hidden * (attention + 2 * kv) + attention * hidden + 3 * hidden * ffn
     products = 2 * (config.num_layers * layer * rows + config.vocab_size * hidden * samples)
     scores = 4 * config.num_layers * attention * context * rows
-    return products + scores, decoder.step_bytes + context * samples * config.kv_bytes_per_token(decoder.kv_dtype.itemsize)
+    return products + scores, decoder.step_bytes + context * samples * config.kv_bytes_per_token(
+        decoder.kv_dtype.itemsize
+    )
 
 
 def decode(decoder: Any, batch: int, seconds: float, limit: dict[str, float]) -> dict[str, float]:

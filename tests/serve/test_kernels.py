@@ -40,8 +40,8 @@ def weights_of(rows: int, columns: int) -> dict[str, Weight]:
     """The same matrix in each format a kernel has; the last has scales that no half holds."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
     four = quantise(weight, 4)
-    assert four.minima_NS is not None
-    wide = Grouped(4, four.levels_NK, four.scales_NS * 1.001, four.minima_NS * 1.001)
+    assert four.minima is not None
+    wide = Grouped(4, four.levels, four.scales * 1.001, four.minima * 1.001)
     return {"float32": weight, "int8": quantise(weight, 8), "int4": four, "int4_wide": wide}
 
 
@@ -179,7 +179,7 @@ def test_blocks_of_any_size(kernels: Library) -> None:
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(build.shutil, "which", lambda _: None)
-    with pytest.raises(ToolkitError, match="no C\\+\\+ compiler.*install g\\+\\+"):
+    with pytest.raises(ToolkitError, match=r"no C\+\+ compiler.*install g\+\+"):
         build.library_path(tmp_path)
 
 

@@ -128,7 +128,7 @@ def step_logits(
 
 def test_logits(smollm2: Any, reference: Any, prompts: Any) -> None:
     """Prefill whole, prefill in two chunks, then decode: each within rounding of transformers."""
-    model, decoder = smollm2
+    _, decoder = smollm2
     ids = prompts[3]
     with torch.inference_mode():
         wanted = reference(torch.tensor([ids])).logits[0]

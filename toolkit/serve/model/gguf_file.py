@@ -1,4 +1,4 @@
-"""Read a GGUF file: configuration from its metadata, weights dequantised to float32 or as the file's blocks."""
+"""Read a GGUF file: configuration from its metadata, weights as float32 or as its own blocks."""
 
 from __future__ import annotations
 

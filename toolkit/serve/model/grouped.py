@@ -20,36 +20,36 @@ _TOP = {8: 127, 4: 15}
 class Grouped:
     """`scale x level`, plus a minimum at 4 bits: exactly what GGUF's Q8_0, Q4_0, Q4_1, Q4_K hold.
 
-    `levels_NK` is int8 (-127..127) at 8 bits and uint8 (0..15) at 4; `scales_NS` and `minima_NS`
-    (None at 8 bits) are float32.
+    `levels` `[N, K]` is int8 (-127..127) at 8 bits and uint8 (0..15) at 4; `scales` and `minima`
+    (None at 8 bits) `[N, S]` are float32.
     """
 
     bits: int
-    levels_NK: torch.Tensor
-    scales_NS: torch.Tensor
-    minima_NS: torch.Tensor | None = None
+    levels: torch.Tensor
+    scales: torch.Tensor
+    minima: torch.Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
-        return self.levels_NK.shape
+        return self.levels.shape
 
     @property
     def fits_half(self) -> bool:
         """Whether half precision holds every scale and minimum exactly."""
-        both = [self.scales_NS] if self.minima_NS is None else [self.scales_NS, self.minima_NS]
+        both = [self.scales] if self.minima is None else [self.scales, self.minima]
         return all(torch.equal(each.half().float(), each) for each in both)
 
     def dequantised(self) -> torch.Tensor:
         """Return the float32 matrix `[N, K]` these numbers stand for."""
-        grouped = self.levels_NK.float().unflatten(1, (-1, GROUP)) * self.scales_NS.unsqueeze(-1)
-        if self.minima_NS is not None:
-            grouped += self.minima_NS.unsqueeze(-1)
+        grouped = self.levels.float().unflatten(1, (-1, GROUP)) * self.scales.unsqueeze(-1)
+        if self.minima is not None:
+            grouped += self.minima.unsqueeze(-1)
         return grouped.flatten(1)
 
     def take(self, rows: torch.Tensor) -> Grouped:
         """Return the matrix made of these rows, in this order."""
-        minima = None if self.minima_NS is None else self.minima_NS[rows]
-        return Grouped(self.bits, self.levels_NK[rows], self.scales_NS[rows], minima)
+        minima = None if self.minima is None else self.minima[rows]
+        return Grouped(self.bits, self.levels[rows], self.scales[rows], minima)
 
 
 Weight = torch.Tensor | Grouped
@@ -65,11 +65,11 @@ def joined(weights: Sequence[Weight]) -> Weight:
     grouped = [weight for weight in weights if isinstance(weight, Grouped)]
     if len(grouped) < len(weights) or len({weight.bits for weight in grouped}) > 1:
         return torch.cat([dense(weight) for weight in weights])
-    minima = [weight.minima_NS for weight in grouped if weight.minima_NS is not None]
+    minima = [weight.minima for weight in grouped if weight.minima is not None]
     return Grouped(
         grouped[0].bits,
-        torch.cat([weight.levels_NK for weight in grouped]),
-        torch.cat([weight.scales_NS for weight in grouped]),
+        torch.cat([weight.levels for weight in grouped]),
+        torch.cat([weight.scales for weight in grouped]),
         torch.cat(minima) if minima else None,
     )
 

@@ -68,9 +68,9 @@ class NativeDecoder:
             norm=self._padded(dense(norm)),
             head=self._head.c,
             # A tied embedding is read out of the head, so that it is held once.
-            embedding=None if config.tied_head else self._keep(
-                dense(embedding)[:, : config.hidden_size]
-            ),
+            embedding=None
+            if config.tied_head
+            else self._keep(dense(embedding)[:, : config.hidden_size]),
             cos=self._keep(cos[:, :half]),
             sin=self._keep(sin[:, :half]),
         )

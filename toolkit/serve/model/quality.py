@@ -1,4 +1,4 @@
-"""What a lossy weight format costs: the likelihood a model gives to a text it is not asked to write.
+"""What a lossy weight format costs: how likely a model finds a text it did not write.
 
 The text is the Python language's own help (`pydoc_data.topics`), which every installation has.
 """

@@ -1,4 +1,4 @@
-"""A model's weights and shape, from a GGUF file or a Hugging Face folder, as float32 tensors or as stored."""
+"""A model's weights and shape, from a GGUF file or a Hugging Face folder."""
 
 from __future__ import annotations
 

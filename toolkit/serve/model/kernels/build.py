@@ -51,7 +51,9 @@ def _compiler() -> str:
 
 
 def _digest(compiler: str) -> str:
-    sources = [file.read_bytes() for file in sorted(_HERE.iterdir()) if file.suffix in (".cpp", ".h")]
+    sources = [
+        file.read_bytes() for file in sorted(_HERE.iterdir()) if file.suffix in (".cpp", ".h")
+    ]
     said = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     found = hashlib.sha256(b"\0".join([*sources, said, _processor().encode()]))
     found.update(" ".join(_FLAGS).encode())

@@ -1,7 +1,7 @@
 """Weights in the byte order the kernels read: panels of outputs, see product.h.
 
-Shape suffixes: P panels of `panel` outputs, V = 2 vectors of a panel, A lanes of a vector, K inputs,
-S groups of 32 inputs.
+Shapes: P panels of `panel` outputs, V = 2 vectors of a panel, A lanes of a vector, K inputs, S
+groups of 32 inputs.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ def side_by_side(gate: Weight, up: Weight, library: Library) -> Weight:
     lanes = library.lanes
     if isinstance(gate, Grouped) and isinstance(up, Grouped) and gate.bits == up.bits:
         minima = None
-        if gate.minima_NS is not None and up.minima_NS is not None:
-            minima = _interleaved(gate.minima_NS, up.minima_NS, lanes)
+        if gate.minima is not None and up.minima is not None:
+            minima = _interleaved(gate.minima, up.minima, lanes)
         return Grouped(
             gate.bits,
-            _interleaved(gate.levels_NK, up.levels_NK, lanes),
-            _interleaved(gate.scales_NS, up.scales_NS, lanes),
+            _interleaved(gate.levels, up.levels, lanes),
+            _interleaved(gate.scales, up.scales, lanes),
             minima,
         )
     dense = [w.dequantised() if isinstance(w, Grouped) else w for w in (gate, up)]
@@ -88,9 +88,10 @@ def _grouped(weight: Grouped, short: int, library: Library) -> tuple[Format, tor
     """Return a panel's bytes `[P, S, bytes]`: scales, minima, levels of a group after another."""
     levels, scales, minima = (
         None if each is None else F.pad(each, (0, 0, 0, short)).unflatten(0, (-1, 2, library.lanes))
-        for each in (weight.levels_NK, weight.scales_NS, weight.minima_NS)
+        for each in (weight.levels, weight.scales, weight.minima)
     )
-    assert levels is not None and scales is not None
+    assert levels is not None
+    assert scales is not None
     joined_k = library.joined_k if weight.bits == 8 else 4
     # [P, V, A, S, K / joined, joined]: within a group, inputs that are joined lie innermost.
     split = levels.unflatten(-1, (-1, GROUP // joined_k, joined_k))
