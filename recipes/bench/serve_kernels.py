@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The serving kernels against this machine's limits: decode, prefill, a batch of requests, quality.
 
-    python recipes/bench/serve_kernels.py smollm2-135m --quantise none int8 int4
+    python recipes/bench/serve_kernels.py smollm2-135m --quantize none int8 int4
 
 Limits (memory read, float32 GEMM of torch) are measured in the same run. `gb_s` counts the weights
 and the KV that a step reads, once each; `gflop_s` two operations per weight and row plus
@@ -31,7 +31,7 @@ _BLOCK = 16
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="smollm2-135m")
-    parser.add_argument("--quantise", nargs="+", default=["none", "int8", "int4"])
+    parser.add_argument("--quantize", nargs="+", default=["none", "int8", "int4"])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prefill", type=int, default=1024, help="prompt tokens; 0 leaves it out")
@@ -42,7 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     found = {"limits": limits(options.threads)}
     show("limits", found["limits"])
-    for mode in options.quantise:
+    for mode in options.quantize:
         found[mode] = measured(mode, options, found["limits"])
     if options.output:
         options.output.write_text(json.dumps(found, indent=2) + "\n")
@@ -70,7 +70,7 @@ def measured(mode: str, options: argparse.Namespace, limit: dict[str, float]) ->
 
     start = time.perf_counter()
     settings = EngineSettings(
-        quantise=mode, threads=options.threads, kv_bytes=2**30, max_context=2048
+        quantize=mode, threads=options.threads, kv_bytes=2**30, max_context=2048
     )
     assembly = assemble(files.resolve(options.model).path, settings)
     decoder: NativeDecoder = assembly.executor.decoder  # type: ignore[assignment]

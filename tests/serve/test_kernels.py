@@ -14,6 +14,7 @@ import torch
 
 from toolkit.errors import ToolkitError
 from toolkit.serve.batch import Batch, Slice
+from toolkit.serve.model import quantisation
 from toolkit.serve.model.config import DecoderConfig
 from toolkit.serve.model.decoder import Decoder
 from toolkit.serve.model.grouped import Grouped, Weight, from_gguf, quantise
@@ -213,3 +214,23 @@ def test_two_builders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert found[0] == found[1]
     assert found[0].read_text() == "built\n"
     assert calls.read_text() == "call\n"
+
+
+def test_auto_takes_what_was_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 bits only for a file that has no more; float32 where there are no kernels."""
+    took = {"none": 3.0, "int8": 2.0, "int4": 1.0}
+    monkeypatch.setattr(quantisation, "step_seconds", lambda *_: took)
+    monkeypatch.setattr(quantisation, "library", lambda: None)
+    weight = torch.randn(64, 64)
+    assert quantisation.chosen("auto", [quantise(weight, 4), weight[:1]], 1) == "int4"
+    assert quantisation.chosen("auto", [weight], 1) == "int8"
+    took["none"] = 0.5
+    assert quantisation.chosen("auto", [quantise(weight, 8)], 1) == "none"
+    assert quantisation.chosen("int4", [weight], 1) == "int4"
+    monkeypatch.undo()
+    monkeypatch.setattr(quantisation, "library", _raise)
+    assert quantisation.chosen("auto", [weight], 1) == "none"
+
+
+def _raise() -> None:
+    raise ToolkitError("no compiler")

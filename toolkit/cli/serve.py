@@ -36,6 +36,13 @@ KvMemory = Annotated[
 ]
 MaxContext = Annotated[int | None, typer.Option(help="Longest prompt and output together.")]
 Threads = Annotated[int | None, typer.Option(help="Threads to compute with; default every core.")]
+Quantize = Annotated[
+    str,
+    typer.Option(
+        help="Weights as none (float32), int8, int4, or auto: the fastest measured here that keeps "
+        "the file's own precision or 8 bits."
+    ),
+]
 Policy = Annotated[str, typer.Option(help="Which prompt goes first: fcfs or spf (shortest).")]
 
 
@@ -69,6 +76,7 @@ def run(
     max_context: MaxContext = None,
     threads: Threads = None,
     pin: Annotated[bool, typer.Option(help="Tie the engine's threads to cores.")] = True,
+    quantize: Quantize = "none",
     policy: Policy = "fcfs",
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 256,
     max_queue_tokens: Annotated[
@@ -93,6 +101,7 @@ def run(
         block_size=block_size,
         max_context=max_context,
         pin=pin,
+        quantize=quantize,
         policy=policy,
         max_queue=max_queue,
         max_queue_tokens=max_queue_tokens,
@@ -140,13 +149,14 @@ def generate(
     seed: Annotated[int, typer.Option(help="Makes drawn tokens repeatable.")] = 0,
     kv_memory: KvMemory = None,
     threads: Threads = None,
+    quantize: Quantize = "none",
     as_json: view.Json = False,
 ) -> None:
     """Generate once in this process, without a server.
 
     Example: toolkit serve generate smollm2-135m "What is gravity?" --chat
     """
-    settings = _settings(threads=threads, kv_memory=kv_memory, max_batch=1)
+    settings = _settings(threads=threads, kv_memory=kv_memory, max_batch=1, quantize=quantize)
     from toolkit.serve.llm import LLM
     from toolkit.serve.request import SamplingParams
 
@@ -189,6 +199,7 @@ def _ready_table(ready: dict[str, Any]) -> Any:
         ("model", ready["model"]),
         ("threads", f"{ready['threads']} (cores {cores})"),
         ("weights", f"{format_bytes(ready['weight_bytes'])}, {ready['dtype']}"),
+        ("kernels", ready["kernels"]),
         (
             "KV cache",
             f"{format_bytes(ready['kv_bytes'])}: {ready['kv_blocks']} blocks of "

@@ -39,7 +39,7 @@ class EngineSettings:
     max_context: int | None = None
     threads: int | None = None
     pin: bool = False
-    quantise: str = "none"
+    quantize: str = "none"
     policy: str = "fcfs"
     max_queue: int | None = None
     max_queue_tokens: int | None = None
@@ -85,7 +85,7 @@ def assemble(ref: str | Path, settings: EngineSettings) -> Assembly:
     torch.set_num_threads(_threads(settings))
     path = model_files.resolve(str(ref)).path
     tokenizer = Tokenizer.load(path)
-    keep_blocks = check_mode(settings.quantise) != "none"
+    keep_blocks = check_mode(settings.quantize) != "none"
     engine, executor = build(weights.load(path, keep_blocks=keep_blocks), settings)
     return Assembly(engine, executor, tokenizer)
 
@@ -102,7 +102,7 @@ def build(model: LoadedModel, settings: EngineSettings) -> tuple[Engine, CpuExec
     Raises InfeasibleError when not even one block fits, UsageError for contradictory settings.
     """
     config = model.config
-    decoder = make_decoder(model, check_mode(settings.quantise))
+    decoder = make_decoder(model, check_mode(settings.quantize), _threads(settings))
     block_bytes = settings.block_size * config.kv_bytes_per_token(decoder.kv_dtype.itemsize)
     context = min(settings.max_context or config.max_context, config.max_context)
     if settings.max_context and settings.max_context > config.max_context:
