@@ -25,6 +25,8 @@ from toolkit.serve.model import weights
 from toolkit.serve.model.config import DecoderConfig
 from toolkit.serve.model.decoder import Decoder
 from toolkit.serve.model.loaded import LoadedModel, expected
+from toolkit.serve.model.native import NativeDecoder
+from toolkit.serve.model.quantisation import make_decoder
 from toolkit.serve.model.tokenizer import Tokenizer
 from toolkit.serve.server.app import Doorkeeping
 from toolkit.serve.server.run import Server, bind
@@ -58,18 +60,18 @@ def tokenizer(smollm2_gguf: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def smollm2(smollm2_gguf: Path) -> tuple[LoadedModel, Decoder]:
+def smollm2(smollm2_gguf: Path) -> tuple[LoadedModel, Decoder | NativeDecoder]:
     model = weights.load(smollm2_gguf)
-    return model, Decoder(model.config, model.weights)
+    return model, make_decoder(model, "none", 1)
 
 
 @pytest.fixture
 def make_engine(
-    smollm2: tuple[LoadedModel, Decoder], monkeypatch: pytest.MonkeyPatch
+    smollm2: tuple[LoadedModel, Decoder | NativeDecoder], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[MakeEngine]:
     """Build engines over SmolLM2's weights, loaded once: `make_engine(step_tokens=17)`."""
     model, decoder = smollm2
-    monkeypatch.setattr("toolkit.serve.assemble.Decoder", lambda *_: decoder)
+    monkeypatch.setattr("toolkit.serve.assemble.make_decoder", lambda *_: decoder)
     made: list[Engine] = []
 
     def make(**changes: Any) -> Engine:

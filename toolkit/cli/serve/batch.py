@@ -18,6 +18,7 @@ from toolkit.cli.serve.options import (
     MaxBatch,
     MaxContext,
     Policy,
+    Quantize,
     StepTokens,
     Threads,
     settings,
@@ -49,6 +50,7 @@ def batch(
     kv_memory: KvMemory = None,
     max_context: MaxContext = None,
     threads: Threads = None,
+    quantize: Quantize = "none",
     policy: Policy = "fcfs",
     as_json: view.Json = False,
 ) -> None:
@@ -71,6 +73,7 @@ def batch(
         max_batch=max_batch,
         step_tokens=step_tokens,
         max_context=max_context,
+        quantize=quantize,
         policy=policy,
     )
     left = len(listed) - len(jobs.answered(output).keys() & {job.custom_id for job in listed})

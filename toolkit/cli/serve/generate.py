@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from toolkit.cli import view
-from toolkit.cli.serve.options import KvMemory, Model, Threads, settings
+from toolkit.cli.serve.options import KvMemory, Model, Quantize, Threads, settings
 
 
 def generate(
@@ -22,13 +22,14 @@ def generate(
     seed: Annotated[int, typer.Option(help="Makes drawn tokens repeatable.")] = 0,
     kv_memory: KvMemory = None,
     threads: Threads = None,
+    quantize: Quantize = "none",
     as_json: view.Json = False,
 ) -> None:
     """Generate once in this process, without a server.
 
     Example: toolkit serve generate smollm2-135m "What is gravity?" --chat
     """
-    chosen = settings(threads=threads, kv_memory=kv_memory, max_batch=1)
+    chosen = settings(threads=threads, kv_memory=kv_memory, max_batch=1, quantize=quantize)
     from toolkit.serve.llm import LLM
     from toolkit.serve.request import SamplingParams
 

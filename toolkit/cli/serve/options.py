@@ -25,6 +25,13 @@ KvMemory = Annotated[
 ]
 MaxContext = Annotated[int | None, typer.Option(help="Longest prompt and output together.")]
 Threads = Annotated[int | None, typer.Option(help="Threads to compute with; default every core.")]
+Quantize = Annotated[
+    str,
+    typer.Option(
+        help="Weights as none (float32), int8, int4, or auto: the fastest measured here that keeps "
+        "the file's own precision or 8 bits."
+    ),
+]
 Policy = Annotated[str, typer.Option(help="Which prompt goes first: fcfs, spf or priority.")]
 PrefixCache = Annotated[bool, typer.Option(help="Share the KV of equal beginnings of prompts.")]
 

@@ -19,6 +19,7 @@ from toolkit.cli.serve.options import (
     Model,
     Policy,
     PrefixCache,
+    Quantize,
     StepTokens,
     Threads,
     settings,
@@ -40,6 +41,7 @@ def run(
     max_context: MaxContext = None,
     threads: Threads = None,
     pin: Annotated[bool, typer.Option(help="Tie the engine's threads to cores.")] = True,
+    quantize: Quantize = "none",
     policy: Policy = "fcfs",
     prefix_cache: PrefixCache = True,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 256,
@@ -78,6 +80,7 @@ def run(
         block_size=block_size,
         max_context=max_context,
         pin=pin,
+        quantize=quantize,
         policy=policy,
         prefix_cache=prefix_cache,
         max_queue=max_queue,
@@ -140,6 +143,7 @@ def _ready_table(ready: dict[str, Any]) -> Any:
         ("model", ready["model"]),
         ("threads", f"{ready['threads']} (cores {cores})"),
         ("weights", f"{format_bytes(ready['weight_bytes'])}, {ready['dtype']}"),
+        ("kernels", ready["kernels"]),
         (
             "KV cache",
             f"{format_bytes(ready['kv_bytes'])}: {ready['kv_blocks']} blocks of "

@@ -1,4 +1,4 @@
-"""Runs batches on CPU cores with torch, in the thread that calls it."""
+"""Runs batches on CPU cores, in the thread that calls it and the decoder's own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from toolkit.hardware.affinity import usable_cpus
 from toolkit.serve.batch import Batch, StepResult
 from toolkit.serve.model import sampler
-from toolkit.serve.model.decoder import Decoder, PagedKV
+from toolkit.serve.model.decoder import Decoder
 from toolkit.serve.model.inputs import prepare
+from toolkit.serve.model.native import NativeDecoder
 
 
 class CpuExecutor:
@@ -21,26 +22,27 @@ class CpuExecutor:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder | NativeDecoder,
         *,
         num_blocks: int,
         block_size: int,
         threads: int,
         pin: bool = False,
     ) -> None:
-        """`pin` ties the thread that calls `start`, and so torch's pool, to `threads` cores."""
+        """`pin` ties the thread that calls `start`, and those beside it, to `threads` cores."""
         self.decoder = decoder
         self.num_blocks = num_blocks
-        self.cache = PagedKV(decoder.config, num_blocks, block_size)
+        self.cache = decoder.make_cache(num_blocks, block_size)
         self.threads = threads
         # From the top: what else runs in the process, the server first of all, stays low.
         self.cpus: tuple[int, ...] = usable_cpus()[-self.threads :] if pin else ()
 
     def start(self) -> None:
-        """Set this thread's cores and torch's pool, which inherits them at its first use."""
+        """Set this thread's cores, which torch's pool inherits at its first use; start the team."""
         if self.cpus:
             os.sched_setaffinity(0, self.cpus)
         torch.set_num_threads(self.threads)
+        self.decoder.start(self.threads, self.cpus)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
@@ -54,12 +56,12 @@ class CpuExecutor:
     def successor(self) -> CpuExecutor:
         """Return an executor of the same weights with an empty cache."""
         made = copy.copy(self)
-        made.cache = PagedKV(self.decoder.config, self.num_blocks, self.cache.block_size)
+        made.cache = self.decoder.make_cache(self.num_blocks, self.cache.block_size)
         return made
 
     def close(self) -> None:
         """Let go of the cache's memory."""
-        self.cache.layers.clear()
+        self.cache.clear()
 
 
 def available_memory_bytes(
