@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM
 
 from toolkit.serve.assemble import EngineSettings, build
+from toolkit.serve.batch import Batch, StepResult
 from toolkit.serve.engine import Engine
+from toolkit.serve.executor.cpu import CpuExecutor
 from toolkit.serve.model import weights
+from toolkit.serve.model.config import DecoderConfig
 from toolkit.serve.model.decoder import Decoder
-from toolkit.serve.model.loaded import LoadedModel
+from toolkit.serve.model.loaded import LoadedModel, expected
+from toolkit.serve.model.native import NativeDecoder
+from toolkit.serve.model.quantisation import make_decoder
 from toolkit.serve.model.tokenizer import Tokenizer
+from toolkit.serve.server.app import Doorkeeping
+from toolkit.serve.server.run import Server, bind
+from toolkit.serve.server.service import Patience, Service
 
+MODEL = "tiny"
 MakeEngine = Callable[..., Engine]
 SETTINGS = EngineSettings(kv_bytes=96 * 2**20, threads=1, max_context=1024)
 
@@ -45,18 +60,18 @@ def tokenizer(smollm2_gguf: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def smollm2(smollm2_gguf: Path) -> tuple[LoadedModel, Decoder]:
+def smollm2(smollm2_gguf: Path) -> tuple[LoadedModel, Decoder | NativeDecoder]:
     model = weights.load(smollm2_gguf)
-    return model, Decoder(model.config, model.weights)
+    return model, make_decoder(model, "none", 1)
 
 
 @pytest.fixture
 def make_engine(
-    smollm2: tuple[LoadedModel, Decoder], monkeypatch: pytest.MonkeyPatch
+    smollm2: tuple[LoadedModel, Decoder | NativeDecoder], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[MakeEngine]:
     """Build engines over SmolLM2's weights, loaded once: `make_engine(step_tokens=17)`."""
     model, decoder = smollm2
-    monkeypatch.setattr("toolkit.serve.assemble.Decoder", lambda *_: decoder)
+    monkeypatch.setattr("toolkit.serve.assemble.make_decoder", lambda *_: decoder)
     made: list[Engine] = []
 
     def make(**changes: Any) -> Engine:
@@ -68,3 +83,107 @@ def make_engine(
     for engine in made:
         engine.scheduler.check_integrity()
         assert engine.scheduler.pool.num_used == 0, "blocks leaked"
+
+
+class HeldExecutor(CpuExecutor):
+    """Computes only while `gate` is set, and dies when told to."""
+
+    gate: threading.Event
+    faults: list[str]
+
+    def run(self, batch: Batch) -> StepResult:
+        assert self.gate.wait(60)
+        if self.faults:
+            raise RuntimeError(self.faults.pop())
+        return super().run(batch)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server in a thread of this process, and the ways to it."""
+
+    url: str
+    server: Server
+    service: Service
+    executor: HeldExecutor
+    thread: threading.Thread
+
+    @functools.cached_property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def metric(self, name: str, **labels: str) -> float:
+        text = httpx.get(f"{self.url}/metrics").text
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name == name and labels.items() <= sample.labels.items():
+                    return float(sample.value)
+        raise AssertionError(f"no metric {name} {labels}")
+
+    def ask(self, **options: Any) -> Any:
+        given = {"model": MODEL, "prompt": "Hello there", "max_tokens": 8, "temperature": 0.0}
+        return self.client.completions.create(**(given | options))
+
+    @staticmethod
+    def until(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < deadline, "it never came true"
+            time.sleep(0.01)
+
+
+def tiny_model() -> LoadedModel:
+    # 2 layers of 32, 4 heads over 2 key-value heads of 8; SmolLM2's vocabulary, for its tokenizer.
+    config = DecoderConfig(
+        "llama", 2, 32, 4, 2, 8, 48, 49_152, 4096, 1e-5, 10_000.0, tied_head=True
+    )
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        name: torch.randn(shape, generator=generator) * 0.3
+        for name, shape in expected(config).items()
+    }
+    return LoadedModel(config, tensors, frozenset({2}))
+
+
+@pytest.fixture
+def start(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Running]]:
+    monkeypatch.setattr("toolkit.serve.assemble.CpuExecutor", HeldExecutor)
+    running: list[Running] = []
+
+    def begin(
+        *,
+        drain_s: float = 5.0,
+        patience: Patience | None = None,
+        door: Doorkeeping | None = None,
+        **settings: Any,
+    ) -> Running:
+        settings = {"threads": 1, "kv_bytes": 2**24} | settings
+        engine, executor = build(tiny_model(), EngineSettings(**settings))
+        assert isinstance(executor, HeldExecutor)
+        executor.gate = threading.Event()
+        executor.gate.set()
+        executor.faults = []
+        service = Service(engine, tokenizer, MODEL, 49_152, patience=patience)
+        ready = threading.Event()
+        listener = bind("127.0.0.1", 0)
+        server = Server(service, drain_s=drain_s, on_ready=ready.set, door=door)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        assert ready.wait(30)
+        port = listener.getsockname()[1]
+        running.append(Running(f"http://127.0.0.1:{port}", server, service, executor, thread))
+        return running[-1]
+
+    yield begin
+    for each in running:
+        each.executor.gate.set()
+        each.server.should_exit = True
+        each.thread.join(30)
+        assert not each.thread.is_alive()
+
+
+@pytest.fixture
+def served(start: Callable[..., Running]) -> Running:
+    return start()

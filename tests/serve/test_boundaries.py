@@ -14,7 +14,10 @@ import toolkit.serve
 HERE = Path(toolkit.serve.__file__).parent
 PURE = sorted(
     [
-        *(HERE / f"{name}.py" for name in ("batch", "engine", "journal", "queue", "request")),
+        *(
+            HERE / f"{name}.py"
+            for name in ("batch", "engine", "journal", "queue", "request", "structured")
+        ),
         HERE / "scheduler.py",
         HERE / "executor" / "base.py",
         *(HERE / "kv").glob("*.py"),

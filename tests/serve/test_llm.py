@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from toolkit.cli import serve as cli
 from toolkit.errors import InfeasibleError, ToolkitError, UsageError
 from toolkit.hardware.affinity import thread_environment
-from toolkit.serve import LLM, SamplingParams
+from toolkit.serve import LLM, SamplingParams, Structured
 from toolkit.serve.assemble import EngineSettings
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -78,6 +78,18 @@ def test_prompts_of_every_form(llm: LLM) -> None:
     with pytest.raises(UsageError, match="empty"):
         llm.generate(["fine", ""], params)
     assert not llm.engine.has_work
+
+
+def test_scores_and_forms(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=4, logprobs=1, prompt_logprobs=0)
+    found = llm.generate("The capital of France is", params)[0]
+    assert [score.token_id for score in found.scores] == list(found.token_ids)
+    assert all(score.rank == 1 and score.top[0][1] == score.logprob for score in found.scores)
+    assert [score.token_id for score in found.prompt_scores] == list(found.prompt_token_ids[1:])
+    form = SamplingParams(
+        max_tokens=20, structured=Structured("regex", "(Paris|Rome), in [A-Z][a-z]{4,6}")
+    )
+    assert llm.chat(QUESTION, form).text == "Paris, in France"
 
 
 def test_a_seed_repeats_itself_among_other_requests(llm: LLM) -> None:

@@ -10,12 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from toolkit.errors import ToolkitError
 from toolkit.serve.assemble import EngineSettings, build
 from toolkit.serve.batch import Batch, Slice
 from toolkit.serve.engine import Engine
 from toolkit.serve.model import weights
-from toolkit.serve.model.decoder import Decoder, PagedKV
+from toolkit.serve.model.cache import PagedKV
+from toolkit.serve.model.decoder import Decoder
 from toolkit.serve.model.inputs import prepare
+from toolkit.serve.model.native import NativeDecoder
 from toolkit.serve.model.tokenizer import Tokenizer
 from toolkit.serve.request import Phase, Request, SamplingParams
 
@@ -117,17 +120,29 @@ def test_after_preemption(make_engine: Any, reference: Any, prompts: Any, expect
     assert engine.scheduler.num_preemptions > 0
 
 
-def step_logits(decoder: Decoder, cache: PagedKV, pieces: list[Slice]) -> torch.Tensor:
+def test_with_part_of_the_prompt_in_the_cache(
+    make_engine: Any, reference: Any, prompts: Any, expected: Any
+) -> None:
+    engine = make_engine(block_size=8, step_tokens=40, max_batch=4)
+    for ids in prompts:
+        generate(engine, [ids[: len(ids) * 2 // 3]], 1)
+    check(reference, prompts, generate(engine, prompts, NUM_TOKENS), expected)
+    assert engine.scheduler.tables.num_hit >= 32
+
+
+def step_logits(
+    decoder: Decoder | NativeDecoder, cache: PagedKV, pieces: list[Slice]
+) -> torch.Tensor:
     return decoder.forward(prepare(Batch(1, tuple(pieces)), cache.block_size), cache)
 
 
 def test_logits(smollm2: Any, reference: Any, prompts: Any) -> None:
     """Prefill whole, prefill in two chunks, then decode: each within rounding of transformers."""
-    model, decoder = smollm2
+    _, decoder = smollm2
     ids = prompts[3]
     with torch.inference_mode():
         wanted = reference(torch.tensor([ids])).logits[0]
-    cache = PagedKV(model.config, 32, 8)
+    cache = decoder.make_cache(32, 8)
     whole = Request("whole", tuple(ids[:-1]), SamplingParams(), block_ids=list(range(15, -1, -1)))
     split = Request("split", tuple(ids[:-1]), SamplingParams(), block_ids=list(range(16, 32)))
     last = len(ids) - 1
@@ -167,6 +182,10 @@ LLAMA3_ROPE = {
 }
 
 
+def _no_compiler(*_: Any) -> None:
+    raise ToolkitError("there is no C++ compiler")
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -182,11 +201,13 @@ LLAMA3_ROPE = {
     ],
     ids=["llama", "llama-biased-tied", "llama3-rope", "linear-rope", "mistral", "qwen2", "qwen3"],
 )
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
+@pytest.mark.parametrize("path", ["kernels", "torch", "torch without oneDNN"])
 def test_other_architectures(
-    config: Any, packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Any, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not packed:
+    if path != "kernels":
+        monkeypatch.setattr("toolkit.serve.model.quantisation.NativeDecoder", _no_compiler)
+    if path == "torch without oneDNN":
         monkeypatch.setattr("toolkit.serve.model.linear._has_packed_products", lambda: False)
     torch.manual_seed(7)
     theirs = AutoModelForCausalLM.from_config(

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit.errors import UsageError
-from toolkit.serve.model.sampler import sample
-from toolkit.serve.request import SamplingParams
+from toolkit.serve.batch import Batch, Slice
+from toolkit.serve.model.sampler import draw, sample
+from toolkit.serve.request import Phase, Request, SamplingParams
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, -2.0]])
 
@@ -81,3 +82,72 @@ def test_another_seed_is_another_text() -> None:
 def test_wrong_parameters_are_named(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         SamplingParams(**wrong)  # type: ignore[arg-type]
+
+
+def decoding(name: str, output: list[int], **params: object) -> Request:
+    made = Request(name, (3, 4), SamplingParams(**params), output_ids=output)  # type: ignore[arg-type]
+    made.num_computed, made.phase = made.num_tokens - 1, Phase.DECODE
+    return made
+
+
+def step(logits: torch.Tensor, *requests: Request) -> list[int | None]:
+    pieces = [Slice(r, r.phase, r.num_computed, r.num_tokens) for r in requests]
+    return list(draw(logits, Batch(1, tuple(pieces))).token_ids)
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({}, 0),
+        ({"presence_penalty": 1.5}, 1),
+        ({"frequency_penalty": 0.6}, 1),
+        ({"frequency_penalty": 0.4}, 0),
+        ({"repetition_penalty": 2.5}, 1),
+        ({"logit_bias": ((4, 10.0),)}, 4),
+        ({"logit_bias": ((0, -100.0),)}, 1),
+        ({"min_tokens": 3}, 1),
+        ({"min_tokens": 2}, 0),
+    ],
+)
+def test_changes_of_logits(params: dict[str, object], expected: int) -> None:
+    # Token 0 leads by 1 and has been said twice; it also ends the text.
+    request = decoding("a", [0, 0], **params)
+    request.end_ids = frozenset({0})
+    before = LOGITS.clone()
+    assert step(LOGITS, request) == [expected]
+    assert torch.equal(before, LOGITS), "the logits of others' scores were changed"
+
+
+def test_repetition_counts_the_prompt_and_pushes_negative_logits_down() -> None:
+    request = decoding("a", [], repetition_penalty=2.0)
+    logits = torch.tensor([[-9.0, -9.0, -9.0, -1.0, -1.5]])
+    assert step(logits, request) == [3]
+    assert step(logits - torch.tensor([0, 0, 0, 1.2, 0]), request) == [4]
+
+
+def test_changed_rows_leave_their_neighbours_alone() -> None:
+    rows = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
+    plain = [decoding(f"r{i}", [1, 2], temperature=0.8, seed=i) for i in range(3)]
+    alone = [step(rows[i : i + 1], plain[i])[0] for i in range(3)]
+    biased = decoding("r1", [1, 2], logit_bias=((7, 50.0),), temperature=0.8)
+    assert step(rows, plain[0], biased, plain[2]) == [alone[0], 7, alone[2]]
+
+
+def test_scores_of_a_prompt_and_of_what_follows() -> None:
+    logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(2))
+    logprobs = torch.log_softmax(logits, -1)
+    scored = Request("scored", (1, 2, 3, 4), SamplingParams(logprobs=2, prompt_logprobs=1))
+    other = decoding("other", [9])
+    pieces = (Slice(scored, Phase.PREFILL, 0, 4), Slice(other, Phase.DECODE, 2, 3))
+    result = draw(logits, Batch(1, pieces))
+    detail = result.details["scored"]
+    assert [score.token_id for score in detail.prompt] == [2, 3, 4]
+    for row, score in enumerate(detail.prompt):
+        assert score.logprob == pytest.approx(float(logprobs[row, score.token_id]))
+        assert score.rank == int((logits[row] > logits[row, score.token_id]).sum()) + 1
+        assert score.top[0][0] == int(logits[row].argmax())
+    assert detail.score is not None
+    assert detail.score.token_id == result.token_ids[0] == int(logits[3].argmax())
+    assert [token for token, _ in detail.score.top] == logits[3].topk(2).indices.tolist()
+    assert result.token_ids[1] == int(logits[4].argmax())
+    assert set(result.details) == {"scored"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,23 +13,25 @@ from toolkit.errors import UsageError
 from toolkit.serve.batch import Batch, StepResult
 from toolkit.serve.clock import VirtualClock
 from toolkit.serve.engine import Engine
-from toolkit.serve.kv.blocks import BlockPool
+from toolkit.serve.kv.blocks import BlockPool, BlockState
 from toolkit.serve.policy import make
+from toolkit.serve.queue import QueueFullError
 from toolkit.serve.request import FinishReason, Phase, Request, SamplingParams, Status
-from toolkit.serve.scheduler import QueueFullError, Scheduler, SchedulerConfig
+from toolkit.serve.scheduler import Scheduler, SchedulerConfig
 
 
 class FakeExecutor:
     """Draws a token that depends on the request and its position alone; checks what it reads.
 
-    Its KV cache holds, per slot, which token of which request was written there: reading a block
-    that somebody else has overwritten is noticed at once.
+    Its KV cache holds, per slot, the salt and all tokens up to the one written there: reading a
+    block that somebody else has overwritten, or another's context, is noticed at once.
     """
 
-    def __init__(self, clock: VirtualClock, block_size: int) -> None:
+    def __init__(self, clock: VirtualClock, pool: BlockPool) -> None:
         self.clock = clock
-        self.block_size = block_size
-        self.slots: dict[int, tuple[str, int, int]] = {}
+        self.pool = pool
+        self.block_size = pool.block_size
+        self.slots: dict[int, tuple[str, tuple[int, ...]]] = {}
         self.batches: list[Batch] = []
 
     def start(self) -> None: ...
@@ -40,11 +43,15 @@ class FakeExecutor:
         tokens: list[int | None] = []
         for piece in batch.slices:
             request = piece.request
-            for position, token in enumerate(piece.token_ids, piece.start):
-                self.slots[self._slot(request, position)] = (request.id, position, token)
-            for position, token in enumerate(request.tokens(0, piece.end)):
+            known = tuple(request.tokens(0, piece.end))
+            for position in range(piece.start, piece.end):
+                block = request.block_ids[position // self.block_size]
+                assert self.pool.state(block).value == piece.phase.value, "written by no writer"
+                held = (request.cache_salt, known[: position + 1])
+                self.slots[self._slot(request, position)] = held
+            for position in range(piece.end):
                 held = self.slots[self._slot(request, position)]
-                assert held == (request.id, position, token), f"{request.id} reads {held}"
+                assert held == (request.cache_salt, known[: position + 1]), f"{request.id}: {held}"
             tokens.append(next_token(request) if piece.samples else None)
         self.clock.advance(0.01 + 0.001 * batch.num_tokens)
         return StepResult(tuple(tokens))
@@ -68,19 +75,28 @@ def fake_engine(
 ) -> tuple[Engine, FakeExecutor]:
     settings = {"max_batch": 8, "step_tokens": 32, "max_context": num_blocks * block_size} | limits
     clock = VirtualClock()
-    executor = FakeExecutor(clock, block_size)
+    pool = BlockPool(num_blocks, block_size)
+    executor = FakeExecutor(clock, pool)
     scheduler = Scheduler(
         SchedulerConfig(**settings),  # type: ignore[arg-type]
-        BlockPool(num_blocks, block_size),
+        pool,
         make(prefill),
         make(decode),
     )
     return Engine(scheduler, executor, clock), executor
 
 
-def request(name: str, length: int = 3, max_tokens: int | None = 5, **more: float) -> Request:
-    prompt = tuple(range(1, length + 1))
-    return Request(name, prompt, SamplingParams(max_tokens=max_tokens), **more)  # type: ignore[arg-type]
+def run(engine: Engine) -> None:
+    while engine.has_work:
+        engine.step()
+        engine.scheduler.check_integrity()
+
+
+def request(
+    name: str, length: int = 3, max_tokens: int | None = 5, first: int = 1, **more: Any
+) -> Request:
+    prompt = tuple(range(first, first + length))
+    return Request(name, prompt, SamplingParams(max_tokens=max_tokens), **more)
 
 
 @dataclass(frozen=True)
@@ -89,6 +105,20 @@ class Arrival:
     prompt: int
     output: int
     abort_after: int | None
+    first: int = 1
+    priority: int = 0
+    salt: str = ""
+
+    def request(self, name: str, now: float = 0.0) -> Request:
+        return request(
+            name,
+            self.prompt,
+            self.output,
+            self.first,
+            arrival_s=now,
+            priority=self.priority,
+            cache_salt=self.salt,
+        )
 
 
 arrivals = st.builds(
@@ -97,7 +127,12 @@ arrivals = st.builds(
     prompt=st.integers(1, 40),
     output=st.integers(1, 30),
     abort_after=st.none() | st.integers(0, 10),
+    # Few distinct beginnings, so that many prompts share theirs.
+    first=st.sampled_from([1, 1, 2]),
+    priority=st.integers(-1, 1),
+    salt=st.sampled_from(["", "", "mine"]),
 )
+policies = st.sampled_from(["fcfs", "spf", "priority"])
 
 
 @settings(max_examples=150, deadline=None)
@@ -107,8 +142,9 @@ arrivals = st.builds(
     block_size=st.integers(4, 7),
     max_batch=st.integers(1, 6),
     extra_tokens=st.integers(1, 30),
-    prefill=st.sampled_from(["fcfs", "spf"]),
-    decode=st.sampled_from(["fcfs", "spf"]),
+    prefill=policies,
+    decode=policies,
+    prefix_cache=st.booleans(),
 )
 def test_random_traffic(
     trace: list[Arrival],
@@ -118,6 +154,7 @@ def test_random_traffic(
     extra_tokens: int,
     prefill: str,
     decode: str,
+    prefix_cache: bool,
 ) -> None:
     engine, executor = fake_engine(
         num_blocks=num_blocks,
@@ -126,6 +163,7 @@ def test_random_traffic(
         step_tokens=max_batch + extra_tokens,
         prefill=prefill,
         decode=decode,
+        prefix_cache=prefix_cache,
     )
     scheduler = engine.scheduler
     live: list[tuple[Arrival, Request]] = []
@@ -133,8 +171,7 @@ def test_random_traffic(
     for step in range(5000):
         while pending and pending[0][1].step <= step:
             index, arrival = pending.pop(0)
-            made = request(f"r{index}", arrival.prompt, arrival.output)
-            made.arrival_s = engine.clock.now()
+            made = arrival.request(f"r{index}", engine.clock.now())
             engine.add(made)
             live.append((arrival, made))
         for arrival, made in live:
@@ -180,7 +217,7 @@ def test_random_traffic_with_both_phases_in_flight(
     """A divided engine's life: each phase begins and ends its steps whenever it likes."""
     engine, executor = fake_engine(num_blocks=num_blocks, max_batch=4, step_tokens=12)
     scheduler = engine.scheduler
-    made = [request(f"r{i}", a.prompt, a.output) for i, a in enumerate(trace)]
+    made = [arrival.request(f"r{i}") for i, arrival in enumerate(trace)]
     for each in made:
         engine.add(each)
     flying: dict[str, Batch] = {}
@@ -208,7 +245,7 @@ def test_random_traffic_with_both_phases_in_flight(
 def test_preemption_takes_the_newest_and_keeps_its_place() -> None:
     # 8 blocks of 4: two requests fit until both grow.
     engine, executor = fake_engine(num_blocks=8, block_size=4, max_batch=4, max_context=32)
-    first, second = request("first", 8, 20), request("second", 8, 20)
+    first, second = request("first", 8, 20), request("second", 8, 20, first=50)
     engine.add(first)
     engine.add(second)
     while not second.num_preemptions:
@@ -219,8 +256,7 @@ def test_preemption_takes_the_newest_and_keeps_its_place() -> None:
     third = request("third", 8, 4)
     engine.add(third)
     assert (second.arrival_seq, third.arrival_seq) == (1, 2)
-    while engine.has_work:
-        engine.step()
+    run(engine)
     starts = [piece.request.id for batch in executor.batches for piece in batch.of(Phase.PREFILL)]
     assert starts.index("third") > len(starts) - 1 - starts[::-1].index("second")
     assert engine.scheduler.num_preemptions >= 1
@@ -231,8 +267,7 @@ def test_decoding_goes_on_while_a_long_prompt_is_prefilled_in_chunks() -> None:
     engine.add(request("short", 4, 12))
     engine.step()
     engine.add(request("long", 50, 2))
-    while engine.has_work:
-        engine.step()
+    run(engine)
     chunked = [batch for batch in executor.batches if any(p.start for p in batch.of(Phase.PREFILL))]
     assert len(chunked) >= 4
     for batch in chunked:
@@ -245,8 +280,7 @@ def test_shortest_prompt_goes_first_and_age_is_forgiven() -> None:
     # At 15 tokens a second, 4 seconds of waiting outweigh 60 tokens less.
     for name, length, arrival_s in (("old", 60, 0.0), ("long", 40, 5.0), ("short", 5, 5.0)):
         engine.add(request(name, length, 2, arrival_s=arrival_s))
-    while engine.has_work:
-        engine.step()
+    run(engine)
     order = [piece.request.id for batch in executor.batches for piece in batch.of(Phase.PREFILL)]
     assert order == ["old", "short", "long"]
 
@@ -263,8 +297,7 @@ def test_a_request_ends_at_eos_stop_id_or_context() -> None:
     )
     for each in (plain, heedless, stopped):
         engine.add(each)
-    while engine.has_work:
-        engine.step()
+    run(engine)
     assert (plain.finish_reason, len(plain.output_ids)) == (FinishReason.STOP, 1)
     assert (stopped.finish_reason, len(stopped.output_ids)) == (FinishReason.STOP, 1)
     assert (heedless.finish_reason, heedless.num_tokens) == (FinishReason.LENGTH, 16)
@@ -285,8 +318,7 @@ def test_one_phase_at_a_time_shares_the_pool() -> None:
     for batch in (decode, prefill):
         scheduler.update(batch, executor.run(batch).token_ids, 1.1)
         scheduler.check_integrity()
-    while engine.has_work:
-        engine.step()
+    run(engine)
     assert scheduler.pool.num_used == 0
 
 
@@ -308,11 +340,17 @@ def test_abort_in_flight_frees_blocks_only_after_the_step() -> None:
 
 def test_caps_on_what_waits() -> None:
     engine, _ = fake_engine(max_queue=2, max_queue_tokens=10)
-    engine.scheduler.check_room(2, 10)
+    check_room = engine.scheduler.queue.check_room
+    check_room(2, 10)
     with pytest.raises(QueueFullError, match="3 requests would wait and the cap is 2"):
-        engine.scheduler.check_room(3, 3)
+        check_room(2, 3, num_coming=1, tokens_coming=3)
     with pytest.raises(QueueFullError, match="11 tokens"):
-        engine.scheduler.check_room(1, 11)
+        check_room(1, 8, num_coming=1, tokens_coming=3)
+    # Coming back later would not help these.
+    with pytest.raises(UsageError, match="3 requests at once are more than may ever wait"):
+        check_room(3, 3)
+    with pytest.raises(UsageError, match="11 tokens at once"):
+        check_room(1, 11)
 
 
 def test_what_can_never_be_served_is_refused() -> None:
@@ -344,10 +382,9 @@ def test_contradictory_limits_are_refused(limits: dict[str, int], message: str) 
 
 def test_journal_tells_steps_and_lives() -> None:
     engine, executor = fake_engine(max_batch=2, step_tokens=8)
-    for name in ("a", "b", "c"):
-        engine.add(request(name, 6, 4))
-    while engine.has_work:
-        engine.step()
+    for at, name in enumerate(("a", "b", "c")):
+        engine.add(request(name, 6, 4, first=10 * at))
+    run(engine)
     timeline = engine.timeline()
     assert [track for track, _ in timeline.tracks] == [
         "prefill", "decode", "request 0", "request 1", "request 2",
@@ -358,3 +395,111 @@ def test_journal_tells_steps_and_lives() -> None:
     waited = {span.name for span in timeline.on("request 2", "measured")}
     assert waited == {"queued", "prefill", "decode"}
     assert timeline.end_s == pytest.approx(executor.clock.now())
+
+
+def ask(engine: Engine, name: str, prompt: tuple[int, ...], output: int = 1) -> Request:
+    made = Request(name, prompt, SamplingParams(max_tokens=output))
+    engine.add(made)
+    run(engine)
+    return made
+
+
+def test_a_later_turn_finds_what_earlier_ones_computed() -> None:
+    engine, _ = fake_engine(num_blocks=64, block_size=4)
+    conversation: tuple[int, ...] = ()
+    shareable = 0
+    for turn in range(8):
+        conversation += tuple(range(100 * turn, 100 * turn + 7))
+        made = ask(engine, f"turn {turn}", conversation, 6)
+        # All that was computed before: the last drawn token of a turn never is.
+        assert made.num_cached == shareable
+        conversation += tuple(made.output_ids)
+        shareable = (len(conversation) - 1) // 4 * 4
+    assert engine.scheduler.pool.num_used == 0
+
+
+def test_a_whole_prompt_in_the_cache_still_computes_its_last_block() -> None:
+    engine, executor = fake_engine(num_blocks=8, block_size=4, max_context=32)
+    prompt = tuple(range(8))
+    ask(engine, "first", prompt)
+    again = ask(engine, "again", prompt)
+    assert again.num_cached == 4
+    assert executor.batches[-1].num_tokens == 4
+    # The block it computed again is held once.
+    assert engine.scheduler.pool.num_cached == 2
+
+
+def test_another_salt_shares_nothing() -> None:
+    engine, _ = fake_engine()
+    prompt = tuple(range(9))
+    ask(engine, "open", prompt)
+    secret = Request("secret", prompt, SamplingParams(max_tokens=1), cache_salt="mine")
+    engine.add(secret)
+    run(engine)
+    assert secret.num_cached == 0
+
+
+def test_eviction_takes_the_longest_unused_and_children_first() -> None:
+    engine, _ = fake_engine(num_blocks=8, block_size=4, max_batch=1, max_context=32)
+    old, new = tuple(range(12)), tuple(range(50, 62))
+    for name, prompt in (("old", old), ("new", new)):
+        ask(engine, name, prompt)
+    # 6 blocks are cached and 2 free: 3 more blocks evict the tail of the oldest chain.
+    ask(engine, "third", tuple(range(90, 102)))
+    pool = engine.scheduler.pool
+    assert pool.num_evictions == 1
+    assert ask(engine, "new again", (*new, 1)).num_cached == 12
+    assert ask(engine, "old again", (*old, 1)).num_cached < 12
+    pool.forget()
+    assert (pool.num_cached, pool.num_free) == (0, 8)
+    engine.scheduler.check_integrity()
+
+
+def test_equal_prompts_that_arrive_together_are_computed_once() -> None:
+    engine, executor = fake_engine(block_size=4, step_tokens=16, max_batch=8)
+    prompt = tuple(range(30))
+    for choice in range(4):
+        engine.add(Request(f"choice {choice}", prompt, SamplingParams(max_tokens=3)))
+    run(engine)
+    prefilled = sum(p.num_tokens for batch in executor.batches for p in batch.of(Phase.PREFILL))
+    assert prefilled == 30 + 3 * 2
+
+
+def test_shortest_counts_what_is_not_cached() -> None:
+    engine, executor = fake_engine(prefill="spf", max_batch=1, step_tokens=64)
+    known = tuple(range(40))
+    ask(engine, "known", known)
+    engine.add(Request("short", tuple(range(60, 70)), SamplingParams(max_tokens=1)))
+    engine.add(Request("mostly cached", (*known, 1), SamplingParams(max_tokens=1)))
+    run(engine)
+    order = [piece.request.id for batch in executor.batches for piece in batch.of(Phase.PREFILL)]
+    assert order == ["known", "mostly cached", "short"]
+
+
+def test_urgent_requests_take_a_place_and_give_it_back() -> None:
+    engine, _ = fake_engine(prefill="priority", decode="priority", max_batch=2)
+    idle = [request(f"idle {i}", 6, 12, first=20 * i, priority=5) for i in range(2)]
+    for each in idle:
+        engine.add(each)
+    engine.step()
+    urgent = request("urgent", 6, 3, first=90, priority=-1)
+    engine.add(urgent)
+    engine.step()
+    assert urgent.status is Status.RUNNING
+    assert [each.num_preemptions for each in idle] == [0, 1]
+    run(engine)
+    assert urgent.finished_s is not None
+    assert all(urgent.finished_s < each.finished_s for each in idle if each.finished_s)
+    assert [len(each.output_ids) for each in idle] == [12, 12]
+
+
+def test_a_block_published_is_never_written_again() -> None:
+    pool = BlockPool(2, 4)
+    (block,) = pool.allocate(1, Phase.PREFILL)
+    pool.end_write(block)
+    assert pool.publish(block, b"name", b"root") == block
+    with pytest.raises(AssertionError, match="published"):
+        pool.begin_write(block, Phase.DECODE)
+    pool.release([block])
+    assert pool.state(block) is BlockState.CACHED
+    assert pool.match([b"name", b"next"]) == [block]

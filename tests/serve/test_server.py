@@ -6,157 +6,52 @@ import contextlib
 import signal
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from toolkit.serve.assemble import EngineSettings, build
-from toolkit.serve.batch import Batch, StepResult
-from toolkit.serve.executor.cpu import CpuExecutor
-from toolkit.serve.model.config import DecoderConfig
-from toolkit.serve.model.loaded import LoadedModel, expected
 from toolkit.serve.model.tokenizer import Tokenizer
-from toolkit.serve.server.run import Server, bind
-from toolkit.serve.server.service import Service
+from toolkit.serve.server.run import bind
+from toolkit.serve.server.service import Patience
 from toolkit.timeline import files
 
 MODEL = "tiny"
+Start = Callable[..., Any]
 
 
-class HeldExecutor(CpuExecutor):
-    """Computes only while `gate` is set, and dies when told to."""
-
-    gate: threading.Event
-    dies = False
-
-    def run(self, batch: Batch) -> StepResult:
-        assert self.gate.wait(60)
-        if self.dies:
-            raise RuntimeError("the executor was killed")
-        return super().run(batch)
-
-
-@dataclass(frozen=True)
-class Running:
-    """A server in a thread of this process, and the ways to it."""
-
-    url: str
-    server: Server
-    service: Service
-    executor: HeldExecutor
-    thread: threading.Thread
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
-
-    def metric(self, name: str, **labels: str) -> float:
-        text = httpx.get(f"{self.url}/metrics").text
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                if sample.name == name and labels.items() <= sample.labels.items():
-                    return float(sample.value)
-        raise AssertionError(f"no metric {name} {labels}")
-
-
-def tiny_model() -> LoadedModel:
-    # 2 layers of 32, 4 heads over 2 key-value heads of 8; SmolLM2's vocabulary, for its tokenizer.
-    config = DecoderConfig(
-        "llama", 2, 32, 4, 2, 8, 48, 49_152, 4096, 1e-5, 10_000.0, tied_head=True
-    )
-    generator = torch.Generator().manual_seed(3)
-    tensors = {
-        name: torch.randn(shape, generator=generator) * 0.3
-        for name, shape in expected(config).items()
-    }
-    return LoadedModel(config, tensors, frozenset({2}))
-
-
-@pytest.fixture
-def start(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Running]]:
-    monkeypatch.setattr("toolkit.serve.assemble.CpuExecutor", HeldExecutor)
-    running: list[Running] = []
-
-    def begin(*, drain_s: float = 5.0, **settings: Any) -> Running:
-        settings = {"threads": 1, "kv_bytes": 2**24} | settings
-        engine, executor = build(tiny_model(), EngineSettings(**settings))
-        assert isinstance(executor, HeldExecutor)
-        executor.gate = threading.Event()
-        executor.gate.set()
-        service = Service(engine, tokenizer, MODEL, 49_152)
-        ready = threading.Event()
-        listener = bind("127.0.0.1", 0)
-        server = Server(service, drain_s=drain_s, on_ready=ready.set)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        assert ready.wait(30)
-        port = listener.getsockname()[1]
-        running.append(Running(f"http://127.0.0.1:{port}", server, service, executor, thread))
-        return running[-1]
-
-    yield begin
-    for each in running:
-        each.executor.gate.set()
-        each.server.should_exit = True
-        each.thread.join(30)
-        assert not each.thread.is_alive()
-
-
-@pytest.fixture
-def served(start: Callable[..., Running]) -> Running:
-    return start()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
-
-
-def ask(running: Running, **options: Any) -> Any:
-    given = {"model": MODEL, "prompt": "Hello there", "max_tokens": 8, "temperature": 0.0}
-    return running.client.completions.create(**(given | options))
-
-
-def test_completions(served: Running, tokenizer: Tokenizer) -> None:
-    found = ask(served)
+def test_completions(served: Any, tokenizer: Tokenizer) -> None:
+    found = served.ask()
     assert found.object == "text_completion"
     assert found.model == MODEL
     assert found.choices[0].finish_reason == "length"
     assert found.usage.prompt_tokens == len(tokenizer.encode("Hello there"))
     assert found.usage.completion_tokens == 8
-    by_ids = ask(served, prompt=tokenizer.encode("Hello there"))
+    by_ids = served.ask(prompt=tokenizer.encode("Hello there"))
     assert by_ids.choices[0].text == found.choices[0].text
-    assert ask(served, echo=True).choices[0].text == "Hello there" + found.choices[0].text
+    assert served.ask(echo=True).choices[0].text == "Hello there" + found.choices[0].text
 
 
-def test_several_prompts_and_choices(served: Running) -> None:
+def test_several_prompts_and_choices(served: Any) -> None:
     drawn = {"temperature": 1.0, "seed": 5}
-    found = ask(served, prompt=["a b c", "d e"], n=2, **drawn)
+    found = served.ask(prompt=["a b c", "d e"], n=2, **drawn)
     assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
     assert found.usage.completion_tokens == 32
-    again = ask(served, prompt=["d e", "a b c"], n=2, **drawn)
+    again = served.ask(prompt=["d e", "a b c"], n=2, **drawn)
     texts = [choice.text for choice in found.choices]
     assert [choice.text for choice in again.choices] == texts[2:] + texts[:2]
     assert texts[0] != texts[1]
-    assert ask(served, prompt="a b c", temperature=1.0, seed=77).choices[0].text != texts[0]
+    assert served.ask(prompt="a b c", temperature=1.0, seed=77).choices[0].text != texts[0]
 
 
-def test_streaming_gives_the_same_text_and_usage(served: Running) -> None:
-    whole = ask(served, n=2, temperature=1.0, seed=1)
-    stream = ask(
-        served, n=2, temperature=1.0, seed=1, stream=True, stream_options={"include_usage": True}
+def test_streaming_gives_the_same_text_and_usage(served: Any) -> None:
+    whole = served.ask(n=2, temperature=1.0, seed=1)
+    stream = served.ask(
+        n=2, temperature=1.0, seed=1, stream=True, stream_options={"include_usage": True}
     )
     texts, reasons, usage = ["", ""], ["", ""], None
     for chunk in stream:
@@ -169,7 +64,7 @@ def test_streaming_gives_the_same_text_and_usage(served: Running) -> None:
     assert usage == whole.usage
 
 
-def test_chat(served: Running, tokenizer: Tokenizer) -> None:
+def test_chat(served: Any, tokenizer: Tokenizer) -> None:
     messages = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
@@ -187,16 +82,16 @@ def test_chat(served: Running, tokenizer: Tokenizer) -> None:
     assert chunks[-1].choices[0].finish_reason == "length"
 
 
-def test_stop_string(served: Running) -> None:
-    text = ask(served, max_tokens=24).choices[0].text
+def test_stop_string(served: Any) -> None:
+    text = served.ask(max_tokens=24).choices[0].text
     stop = text[len(text) // 2 :][:3]
-    found = ask(served, max_tokens=24, stop=[stop])
+    found = served.ask(max_tokens=24, stop=[stop])
     assert found.choices[0].text == text[: text.index(stop)]
     assert found.choices[0].finish_reason == "stop"
     assert found.usage.completion_tokens < 24
 
 
-def test_models(served: Running) -> None:
+def test_models(served: Any) -> None:
     assert [model.id for model in served.client.models.list()] == [MODEL]
     assert served.client.models.retrieve(MODEL).id == MODEL
     with pytest.raises(openai.NotFoundError):
@@ -214,38 +109,41 @@ def test_models(served: Running) -> None:
         ({"prompt": ""}, "prompt"),
         ({"prompt": [10**6]}, "not in the vocabulary of 49152"),
         ({"prompt": "word " * 5000}, "tokens and the context is"),
-        ({"logprobs": 3}, "logprobs is not supported"),
-        ({"presence_penalty": 1.0}, "presence_penalty is not supported"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"presence_penalty": 3.0}, "presence_penalty"),
+        ({"best_of": 3}, "best_of is not supported"),
+        ({"logit_bias": {"the": 1}}, "logit_bias maps token ids"),
+        ({"extra_body": {"min_tokens": 9}}, "min_tokens is above the limit of 8"),
+        ({"extra_body": {"guided_regex": "(("}}, "regex constraint cannot be used"),
+        ({"extra_body": {"guided_regex": "a", "guided_json": {}}}, "2 constraints are given"),
         ({"stream_options": {"include_usage": True}}, "stream_options needs stream"),
         ({"extra_body": {"temprature": 1}}, "did you mean 'temperature'"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop takes up to 4"),
     ],
 )
-def test_bad_requests_are_refused(served: Running, options: dict[str, Any], message: str) -> None:
+def test_bad_requests_are_refused(served: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        ask(served, **options)
+        served.ask(**options)
     assert message in caught.value.message
     assert caught.value.type == "invalid_request_error"
-    assert ask(served).choices
+    assert served.ask().choices
 
 
-def test_what_asks_for_nothing_is_taken(served: Running) -> None:
-    assert ask(served, presence_penalty=0, logit_bias={}, user="me", best_of=1, suffix=None)
-    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+def test_what_asks_for_nothing_is_taken(served: Any) -> None:
+    assert served.ask(presence_penalty=0, logit_bias={}, user="me", best_of=1, suffix=None)
+    with pytest.raises(openai.BadRequestError, match="reasoning_effort is not supported"):
         served.client.chat.completions.create(
-            model=MODEL,
-            messages=[{"role": "user", "content": "a"}],
-            tools=[{"type": "function", "function": {"name": "f"}}],
+            model=MODEL, messages=[{"role": "user", "content": "a"}], reasoning_effort="high"
         )
     with pytest.raises(openai.BadRequestError):
         served.client.chat.completions.create(
-            model=MODEL, messages=[{"role": "tool", "content": "a", "tool_call_id": "1"}]
+            model=MODEL, messages=[{"role": "tool", "content": "a"}]
         )
 
 
-def test_errors_have_openai_shape(served: Running) -> None:
+def test_errors_have_openai_shape(served: Any) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
-        ask(served, model="other")
+        served.ask(model="other")
     assert caught.value.code == "model_not_found"
     url, json_type = f"{served.url}/v1/completions", {"content-type": "application/json"}
     half_a_pair = b'{"model": "tiny", "prompt": "\\ud800"}'
@@ -256,13 +154,14 @@ def test_errors_have_openai_shape(served: Running) -> None:
     for response in (httpx.get(f"{served.url}/nowhere"), httpx.get(f"{served.url}/v1/completions")):
         assert response.status_code in (404, 405)
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert response.headers["allow"] == "POST"
 
 
-def test_a_client_that_leaves_ends_generation(served: Running) -> None:
-    stream = ask(served, max_tokens=4000, stream=True, extra_body={"ignore_eos": True})
+def test_a_client_that_leaves_ends_generation(served: Any) -> None:
+    stream = served.ask(max_tokens=4000, stream=True, extra_body={"ignore_eos": True})
     next(iter(stream))
     stream.close()
-    until(lambda: served.metric("vllm:num_requests_running") == 0)
+    served.until(lambda: served.metric("vllm:num_requests_running") == 0)
     served.executor.gate.clear()
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(
@@ -272,27 +171,27 @@ def test_a_client_that_leaves_ends_generation(served: Running) -> None:
         )
     served.executor.gate.set()
     aborted = {"finished_reason": "abort"}
-    until(lambda: served.metric("vllm:request_success_total", **aborted) == 2)
+    served.until(lambda: served.metric("vllm:request_success_total", **aborted) == 2)
     assert served.metric("vllm:generation_tokens_total") < 8000
-    until(lambda: served.metric("vllm:kv_cache_usage_perc") == 0)
+    served.until(lambda: served.metric("vllm:kv_cache_usage_perc") == 0)
 
 
-def test_a_full_queue_is_refused_and_health_answers(start: Callable[..., Running]) -> None:
+def test_a_full_queue_is_refused_and_health_answers(start: Start) -> None:
     served = start(max_batch=1, max_queue=2)
     served.executor.gate.clear()
     held = []
 
     def hold() -> None:
-        held.append(ask(served))
+        held.append(served.ask())
 
     threads = [threading.Thread(target=hold) for _ in range(3)]
     threads[0].start()
-    until(lambda: served.metric("vllm:num_requests_running") == 1)
+    served.until(lambda: served.metric("vllm:num_requests_running") == 1)
     for thread in threads[1:]:
         thread.start()
-    until(lambda: served.service._worker.num_waiting == 2)
+    served.until(lambda: served.service._worker.num_waiting == 2)
     with pytest.raises(openai.RateLimitError) as caught:
-        ask(served)
+        served.ask()
     assert int(caught.value.response.headers["retry-after"]) >= 1
     assert caught.value.type == "rate_limit_error"
     # The engine is stuck in a step; health and metrics answer all the same.
@@ -303,56 +202,39 @@ def test_a_full_queue_is_refused_and_health_answers(start: Callable[..., Running
     assert len(held) == 3
 
 
-def test_a_step_that_hangs_shows_in_health(
-    start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("toolkit.serve.server.service._WEDGED_S", 0.05)
-    served = start()
+def test_a_step_that_hangs_shows_in_health(start: Start) -> None:
+    served = start(patience=Patience(unhealthy_s=0.05))
     assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
     served.executor.gate.clear()
-    thread = threading.Thread(target=ask, args=(served,))
+    thread = threading.Thread(target=served.ask)
     thread.start()
-    until(lambda: httpx.get(f"{served.url}/health").status_code == 503)
+    served.until(lambda: httpx.get(f"{served.url}/health").status_code == 503)
     served.executor.gate.set()
     thread.join(30)
     assert httpx.get(f"{served.url}/health").status_code == 200
 
 
-def test_a_dead_engine_is_told_to_everyone(start: Callable[..., Running]) -> None:
-    served = start()
-    served.executor.gate.clear()
-    stream = ask(served, stream=True)
-    served.executor.dies = True
-    served.executor.gate.set()
-    with pytest.raises(openai.APIError, match="the executor was killed"):
-        list(stream)
-    health = httpx.get(f"{served.url}/health")
-    assert health.status_code == 503
-    with pytest.raises(openai.InternalServerError, match="the engine has died"):
-        ask(served)
-
-
-def test_shutdown_lets_open_requests_finish(start: Callable[..., Running]) -> None:
+def test_shutdown_lets_open_requests_finish(start: Start) -> None:
     served = start()
     served.executor.gate.clear()
     with httpx.Client() as kept:
         assert kept.get(f"{served.url}/health").status_code == 200
-        stream = ask(served, stream=True, max_tokens=20, extra_body={"ignore_eos": True})
-        until(lambda: served.metric("vllm:num_requests_running") == 1)
+        stream = served.ask(stream=True, max_tokens=20, extra_body={"ignore_eos": True})
+        served.until(lambda: served.metric("vllm:num_requests_running") == 1)
         served.server.handle_exit(signal.SIGTERM, None)
         served.executor.gate.set()
         assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
     served.thread.join(30)
     assert not served.thread.is_alive()
     with pytest.raises(openai.APIConnectionError):
-        ask(served)
+        served.ask()
 
 
-def test_shutdown_does_not_wait_for_ever(start: Callable[..., Running]) -> None:
+def test_shutdown_does_not_wait_for_ever(start: Start) -> None:
     served = start(drain_s=1)
     served.executor.gate.clear()
-    stream = ask(served, stream=True)
-    until(lambda: served.metric("vllm:num_requests_running") == 1)
+    stream = served.ask(stream=True)
+    served.until(lambda: served.metric("vllm:num_requests_running") == 1)
     served.server.handle_exit(signal.SIGTERM, None)
     with contextlib.suppress(openai.APIError, httpx.HTTPError):
         list(stream)
@@ -367,11 +249,12 @@ num_requests_waiting kv_cache_usage_perc time_to_first_token_seconds inter_token
 request_time_per_output_token_seconds e2e_request_latency_seconds request_queue_time_seconds
 request_prefill_time_seconds request_decode_time_seconds request_inference_time_seconds
 iteration_tokens_total request_prompt_tokens request_generation_tokens
+prefix_cache_queries prefix_cache_hits
 """
 
 
-def test_metrics_carry_vllms_names(served: Running) -> None:
-    ask(served)
+def test_metrics_carry_vllms_names(served: Any) -> None:
+    served.ask()
     text = httpx.get(f"{served.url}/metrics").text
     families = {family.name for family in text_string_to_metric_families(text)}
     assert families >= {f"vllm:{name}" for name in NAMES.split()}
@@ -380,8 +263,8 @@ def test_metrics_carry_vllms_names(served: Running) -> None:
     assert served.metric("vllm:generation_tokens_total") == 8
 
 
-def test_timeline_is_served(served: Running, tmp_path: Path) -> None:
-    ask(served)
+def test_timeline_is_served(served: Any, tmp_path: Path) -> None:
+    served.ask()
     path = tmp_path / "served.json"
     path.write_bytes(httpx.get(f"{served.url}/timeline").content)
     timeline = files.load(path)

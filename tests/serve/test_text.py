@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from toolkit.errors import UsageError
 from toolkit.serve.model.tokenizer import Tokenizer
+from toolkit.serve.request import SamplingParams
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[str, Any]:
-    stream = tokenizer.stream([1, 2, 3], stop)
+    stream = tokenizer.stream([1, 2, 3], SamplingParams(stop=stop))
     text = ""
     for token in ids:
         text += stream.push(token)
@@ -57,7 +58,7 @@ def test_text_ends_before_a_stop_string(
 
 
 def test_what_may_begin_a_stop_string_is_held_back(tokenizer: Tokenizer) -> None:
-    stream = tokenizer.stream([], ("\n\nEND",))
+    stream = tokenizer.stream([], SamplingParams(stop=("\n\nEND",)))
     shown = [stream.push(token) for token in tokenizer.encode("a\n\nEN")]
     assert "".join(shown) == "a"
     assert stream.flush() == "\n\nEN"
@@ -69,3 +70,26 @@ def test_chat_template(tokenizer: Tokenizer) -> None:
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     with pytest.raises(UsageError, match="refuses"):
         tokenizer.chat([{"role": "user"}])
+
+
+def test_stops_wait_for_the_least_number_of_tokens(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one two three two four")
+    params = SamplingParams(stop=("two",), min_tokens=3, include_stop=True)
+    stream = tokenizer.stream([], params)
+    text = ""
+    for token in ids:
+        text += stream.push(token)
+        if stream.stopped:
+            break
+    assert text == "one two three two"
+
+
+@given(text=st.text(max_size=30))
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_the_bytes_of_tokens_are_those_of_the_text(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    # This vocabulary lacks some bytes.
+    assume(tokenizer.decode(ids) == text)
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from toolkit.serve.request import SamplingParams
+from toolkit.serve.structured import Structured
 
 if TYPE_CHECKING:
     from toolkit.serve.llm import LLM
 
-__all__ = ["LLM", "SamplingParams"]
+__all__ = ["LLM", "SamplingParams", "Structured"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,8 +18,8 @@ from toolkit.serve.engine import Engine
 from toolkit.serve.executor.cpu import CpuExecutor, available_memory_bytes
 from toolkit.serve.kv.blocks import BlockPool
 from toolkit.serve.model import weights
-from toolkit.serve.model.decoder import Decoder
 from toolkit.serve.model.loaded import LoadedModel
+from toolkit.serve.model.quantisation import check_mode, make_decoder
 from toolkit.serve.model.tokenizer import Tokenizer
 from toolkit.serve.scheduler import Scheduler, SchedulerConfig
 from toolkit.units import format_bytes
@@ -39,7 +39,9 @@ class EngineSettings:
     max_context: int | None = None
     threads: int | None = None
     pin: bool = False
+    quantize: str = "none"
     policy: str = "fcfs"
+    prefix_cache: bool = True
     max_queue: int | None = None
     max_queue_tokens: int | None = None
     seed: int = 0
@@ -63,9 +65,11 @@ class Assembly:
         return {
             "threads": self.executor.threads,
             "pinned_cpus": list(self.executor.cpus),
-            "dtype": "float32",
+            "dtype": self.executor.decoder.dtype,
+            "kernels": self.executor.decoder.kernels,
             "weight_bytes": self.executor.decoder.weight_bytes,
             "kv_bytes": self.executor.cache.num_bytes,
+            "kv_dtype": str(self.executor.decoder.kv_dtype).removeprefix("torch."),
             "kv_tokens": pool.capacity_tokens,
             "kv_blocks": pool.num_blocks,
             "block_size": pool.block_size,
@@ -82,7 +86,8 @@ def assemble(ref: str | Path, settings: EngineSettings) -> Assembly:
     torch.set_num_threads(_threads(settings))
     path = model_files.resolve(str(ref)).path
     tokenizer = Tokenizer.load(path)
-    engine, executor = build(weights.load(path), settings)
+    keep_blocks = check_mode(settings.quantize) != "none"
+    engine, executor = build(weights.load(path, keep_blocks=keep_blocks), settings)
     return Assembly(engine, executor, tokenizer)
 
 
@@ -98,7 +103,8 @@ def build(model: LoadedModel, settings: EngineSettings) -> tuple[Engine, CpuExec
     Raises InfeasibleError when not even one block fits, UsageError for contradictory settings.
     """
     config = model.config
-    block_bytes = settings.block_size * config.kv_bytes_per_token()
+    decoder = make_decoder(model, check_mode(settings.quantize), _threads(settings))
+    block_bytes = settings.block_size * config.kv_bytes_per_token(decoder.kv_dtype.itemsize)
     context = min(settings.max_context or config.max_context, config.max_context)
     if settings.max_context and settings.max_context > config.max_context:
         raise UsageError(
@@ -127,16 +133,18 @@ def build(model: LoadedModel, settings: EngineSettings) -> tuple[Engine, CpuExec
             max_batch=settings.max_batch,
             step_tokens=settings.step_tokens,
             max_context=min(context, capacity),
+            prefix_cache=settings.prefix_cache,
             max_queue=settings.max_queue,
             max_queue_tokens=settings.max_queue_tokens,
             eos_ids=model.eos_ids,
         ),
         BlockPool(num_blocks, settings.block_size),
         prefill_policy=policy.make(settings.policy),
-        decode_policy=policy.make("fcfs"),
+        # Who loses its blocks first is decided by the decode policy's order.
+        decode_policy=policy.make("priority" if settings.policy == "priority" else "fcfs"),
     )
     executor = CpuExecutor(
-        Decoder(config, model.weights),
+        decoder,
         num_blocks=num_blocks,
         block_size=settings.block_size,
         threads=_threads(settings),

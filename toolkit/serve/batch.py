@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from toolkit.serve.request import Phase, Request
 
@@ -25,6 +25,13 @@ class Slice:
     def samples(self) -> bool:
         """Whether the step ends at the request's last known token, so that the next is drawn."""
         return self.end == self.request.num_tokens
+
+    @property
+    def num_logits(self) -> int:
+        """Of how many of its last tokens the logits are wanted: all where a prompt is scored."""
+        if self.request.sampling.prompt_logprobs is not None and self.phase is Phase.PREFILL:
+            return self.num_tokens
+        return int(self.samples)
 
     @property
     def token_ids(self) -> Sequence[int]:
@@ -51,7 +58,38 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """How likely the model held a token: its log-probability, and the likeliest in its place.
+
+    `rank` is 1 for the likeliest; `top` holds (token id, log-probability), likeliest first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """What a slice's request asked for besides its token.
+
+    `score` is the drawn token's; `prompt` scores the prompt's tokens at positions
+    [start + 1, end + 1) of the slice, as far as the prompt goes; `hidden_sum` adds up its tokens'
+    last hidden states.
+    """
+
+    score: Score | None = None
+    prompt: tuple[Score, ...] = ()
+    hidden_sum: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
-    """One entry per slice: the token drawn, or None where the slice does not sample."""
+    """One entry per slice: the token drawn, or None where the slice does not sample.
+
+    `details` holds, by request id, what few requests ask for.
+    """
 
     token_ids: tuple[int | None, ...]
+    details: Mapping[str, Detail] = field(default_factory=dict)

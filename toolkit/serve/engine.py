@@ -6,11 +6,11 @@ import random
 from dataclasses import dataclass
 from typing import Protocol
 
-from toolkit.serve.batch import Batch, StepResult
+from toolkit.serve.batch import Batch, Score, StepResult
 from toolkit.serve.clock import Clock
 from toolkit.serve.executor.base import Executor
 from toolkit.serve.journal import Journal
-from toolkit.serve.request import FinishReason, Request
+from toolkit.serve.request import FinishReason, Phase, Request
 from toolkit.serve.scheduler import Scheduler, Token
 from toolkit.timeline import Timeline
 
@@ -34,7 +34,11 @@ class TextStream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One step's news of one request; `index` and `gap_s` as in the scheduler's Token."""
+    """One step's news of one request; `index` and `gap_s` as in the scheduler's Token.
+
+    `prompt_scores` come with the first token, one for every prompt token but the first, and so does
+    `hidden_mean`, the mean of the prompt's last hidden states.
+    """
 
     request: Request
     token_id: int
@@ -42,14 +46,18 @@ class Output:
     gap_s: float
     text: str
     finish_reason: FinishReason | None
+    score: Score | None = None
+    prompt_scores: tuple[Score, ...] = ()
+    hidden_mean: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step did: its outputs, how many tokens it computed, and when."""
+    """What one step did: its outputs, how many tokens it computed, of prompts too, and when."""
 
     outputs: tuple[Output, ...]
     num_tokens: int
+    num_prefilled: int
     start_s: float
     end_s: float
 
@@ -73,6 +81,22 @@ class Engine:
         self.journal = journal or Journal()
         self._random = random.Random(seed)
         self._streams: dict[str, TextStream] = {}
+        # Of prompts being scored, by request; a preempted one is not scored twice.
+        self._scores: dict[str, list[Score]] = {}
+        self._hidden_sums: dict[str, tuple[float, ...]] = {}
+
+    def successor(self) -> Engine:
+        """Return an engine like this one with nothing in it: this one cannot be trusted any more.
+
+        Whoever waits for requests given to this one must be told; they are not carried over.
+        """
+        return Engine(
+            self.scheduler.successor(),
+            self.executor.successor(),
+            self.clock,
+            journal=self.journal,
+            seed=self._random.getrandbits(63),
+        )
 
     @property
     def has_work(self) -> bool:
@@ -97,8 +121,9 @@ class Engine:
         batch = self.scheduler.schedule(start_s)
         result = self._run(batch)
         end_s = self.clock.now()
+        self._collect(batch, result)
         drawn = self.scheduler.update(batch, result.token_ids, end_s, end_s - start_s)
-        return self._postprocess(batch, drawn, start_s, end_s)
+        return self._postprocess(batch, result, drawn, start_s, end_s)
 
     def timeline(self, title: str = "serving") -> Timeline:
         """Return the engine's recent steps and finished requests as spans."""
@@ -112,8 +137,24 @@ class Engine:
             self.scheduler.cancel(batch)
             raise
 
+    def _collect(self, batch: Batch, result: StepResult) -> None:
+        """Keep what was found out about prompts until their first token is drawn."""
+        for piece in batch.slices if result.details else ():
+            detail = result.details.get(piece.request.id)
+            if detail is None or piece.request.finish_reason is not None:
+                continue
+            name = piece.request.id
+            if detail.prompt:
+                known = self._scores.setdefault(name, [])
+                known += detail.prompt[len(known) - piece.start :]
+            if detail.hidden_sum:
+                # A preempted one begins anew.
+                before = self._hidden_sums.get(name) if piece.start else None
+                sums = zip(before, detail.hidden_sum, strict=True) if before else ()
+                self._hidden_sums[name] = tuple(map(sum, sums)) or detail.hidden_sum
+
     def _postprocess(
-        self, batch: Batch, drawn: list[Token], start_s: float, end_s: float
+        self, batch: Batch, result: StepResult, drawn: list[Token], start_s: float, end_s: float
     ) -> StepReport:
         queue, pool = self.scheduler.queue, self.scheduler.pool
         self.journal.step(
@@ -122,6 +163,9 @@ class Engine:
         outputs = []
         for token in drawn:
             request, reason, text = token.request, token.finish_reason, ""
+            detail = result.details.get(request.id)
+            prompt_scores = tuple(self._scores.pop(request.id, ()))
+            hidden_sum = self._hidden_sums.pop(request.id, ())
             stream = self._streams.get(request.id)
             if stream is not None:
                 # The token that stops a request is not part of its text.
@@ -133,10 +177,20 @@ class Engine:
                     text += stream.flush()
             if reason is not None:
                 self._end(request, reason)
-            outputs.append(Output(request, token.token_id, token.index, token.gap_s, text, reason))
-        return StepReport(tuple(outputs), batch.num_tokens, start_s, end_s)
+            outputs.append(
+                Output(
+                    *(request, token.token_id, token.index, token.gap_s, text, reason),
+                    score=detail.score if detail else None,
+                    prompt_scores=prompt_scores,
+                    hidden_mean=tuple(value / len(request.prompt_ids) for value in hidden_sum),
+                )
+            )
+        prefilled = sum(piece.num_tokens for piece in batch.of(Phase.PREFILL))
+        return StepReport(tuple(outputs), batch.num_tokens, prefilled, start_s, end_s)
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         self.scheduler.finish(request, reason, self.clock.now())
         self._streams.pop(request.id, None)
+        self._scores.pop(request.id, None)
+        self._hidden_sums.pop(request.id, None)
         self.journal.finished(request)

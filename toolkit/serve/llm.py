@@ -9,8 +9,10 @@ from typing import Any
 
 from toolkit.errors import ToolkitError
 from toolkit.serve.assemble import EngineSettings, assemble
+from toolkit.serve.batch import Score
 from toolkit.serve.engine import Output
-from toolkit.serve.request import FinishReason, Request, SamplingParams
+from toolkit.serve.grammar import Grammars
+from toolkit.serve.request import Request, SamplingParams, check_ids
 from toolkit.timeline import Timeline
 
 Prompt = str | Sequence[int]
@@ -18,13 +20,15 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True)
 class Completion:
-    """What came out for one prompt."""
+    """What came out for one prompt; scores where `logprobs` and `prompt_logprobs` ask for them."""
 
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     text: str
     finish_reason: str
     latency_s: float
+    scores: tuple[Score, ...] = ()
+    prompt_scores: tuple[Score, ...] = ()
 
 
 class LLM:
@@ -35,6 +39,9 @@ class LLM:
         self.name = str(ref)
         assembly = assemble(ref, settings or EngineSettings())
         self.engine, self.tokenizer = assembly.engine, assembly.tokenizer
+        eos_ids = self.engine.scheduler.config.eos_ids
+        self._vocab_size = assembly.vocab_size
+        self._grammars = Grammars(self.tokenizer, assembly.vocab_size, eos_ids)
         self.engine.executor.start()
         self._num_requests = 0
 
@@ -92,35 +99,33 @@ class LLM:
     ) -> list[Completion]:
         requests = self._queue(prompts, params)
         index = {request.id: i for i, request in enumerate(requests)}
-        texts = [""] * len(requests)
-        reasons: list[FinishReason | None] = [None] * len(requests)
+        outputs: list[list[Output]] = [[] for _ in requests]
         for output in self._run(requests):
             at = index[output.request.id]
-            texts[at] += output.text
-            reasons[at] = output.finish_reason
+            outputs[at].append(output)
             if on_text is not None and output.text:
                 on_text(at, output.text)
-        return [
-            _completion(request, text, reason)
-            for request, text, reason in zip(requests, texts, reasons, strict=True)
-        ]
+        return [_completion(*each) for each in zip(requests, outputs, strict=True)]
 
     def _queue(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Request]:
         if self.engine.has_work:
             raise ToolkitError(
                 "this LLM is in the middle of a stream", remedy="read it to its end, or close it"
             )
+        check_ids(params, self._vocab_size)
         now = self.engine.clock.now()
         requests = []
         for ids in prompts:
             self._num_requests += 1
             name = f"offline-{self._num_requests}"
             requests.append(Request(name, tuple(ids), params, arrival_s=now))
+            if params.structured is not None:
+                requests[-1].grammar = self._grammars.make(params.structured)
         for request in requests:
             # All are checked before any is queued, so that an error leaves nothing behind.
             self.engine.scheduler.validate(request)
         for request in requests:
-            self.engine.add(request, self.tokenizer.stream(request.prompt_ids, params.stop))
+            self.engine.add(request, self.tokenizer.stream(request.prompt_ids, params))
         return requests
 
     def _run(self, requests: Sequence[Request]) -> Iterator[Output]:
@@ -139,12 +144,15 @@ def _many(prompts: Any) -> list[Prompt]:
     return [prompts] if single else list(prompts)
 
 
-def _completion(request: Request, text: str, reason: FinishReason | None) -> Completion:
+def _completion(request: Request, outputs: Sequence[Output]) -> Completion:
+    reason = outputs[-1].finish_reason
     assert reason is not None, f"{request.id} has not ended"
     return Completion(
         prompt_token_ids=request.prompt_ids,
         token_ids=tuple(request.output_ids),
-        text=text,
+        text="".join(output.text for output in outputs),
         finish_reason=reason.value,
         latency_s=(request.finished_s or 0.0) - request.arrival_s,
+        scores=tuple(output.score for output in outputs if output.score is not None),
+        prompt_scores=outputs[0].prompt_scores,
     )

@@ -5,15 +5,27 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
+from toolkit.errors import ToolkitError, UsageError
 from toolkit.serve.policy.base import Key, Policy
 from toolkit.serve.request import Request, Status
+
+
+class QueueFullError(ToolkitError):
+    """The waiting queue has reached its cap; the request was not accepted."""
+
+    kind = "queue-full"
 
 
 class WaitingQueue:
     """A heap of waiting requests. One that has ended meanwhile is dropped when it surfaces."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(
+        self, policy: Policy, *, max_requests: int | None = None, max_tokens: int | None = None
+    ) -> None:
+        """The caps are on what waits (None: no cap), and `check_room` alone heeds them."""
         self._policy = policy
+        self._max_requests = max_requests
+        self._max_tokens = max_tokens
         self._heap: list[tuple[Key, Request]] = []
         self._rekey_s: float | None = None
         self.num_requests = 0
@@ -22,6 +34,31 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Request]:
         """Yield the waiting requests, in no particular order."""
         return (request for _, request in self._heap if request.status is Status.WAITING)
+
+    def check_room(
+        self, num_requests: int, num_tokens: int, *, num_coming: int = 0, tokens_coming: int = 0
+    ) -> None:
+        """Raise QueueFullError when that many more requests and prompt tokens may not queue.
+
+        For whoever lets requests in, before `push`; one let in is never turned away afterwards.
+        `coming` counts those let in that have not been pushed yet. Raises UsageError when they
+        would not fit into an empty queue.
+        """
+        caps = (
+            ("requests", num_requests, self.num_requests + num_coming, self._max_requests),
+            ("tokens", num_tokens, self.num_tokens + tokens_coming, self._max_tokens),
+        )
+        for what, more, there, cap in caps:
+            if cap is not None and more > cap:
+                raise UsageError(
+                    f"{more} {what} at once are more than may ever wait, which is {cap}",
+                    remedy="send fewer at a time, or raise the cap",
+                )
+            if cap is not None and there + more > cap:
+                raise QueueFullError(
+                    f"the queue is full: {there + more} {what} would wait and the cap is {cap}",
+                    remedy="try again later",
+                )
 
     def push(self, request: Request, now: float) -> None:
         """Let a request wait at the place its policy gives it."""
@@ -51,9 +88,13 @@ class WaitingQueue:
     def refresh(self, now: float) -> None:
         """Sort anew when the policy said that keys would by now have changed by themselves."""
         if self._rekey_s is not None and now >= self._rekey_s:
-            self._heap = [(self._policy.key(request, None, now), request) for request in self]
-            heapq.heapify(self._heap)
+            self.rekey(now)
         self._rekey_s = self._policy.next_change(now)
+
+    def rekey(self, now: float) -> None:
+        """Sort anew: something that keys depend on has changed."""
+        self._heap = [(self._policy.key(request, None, now), request) for request in self]
+        heapq.heapify(self._heap)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless the counts are those of what waits."""

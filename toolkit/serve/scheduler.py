@@ -10,20 +10,15 @@ import heapq
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from toolkit.errors import ToolkitError, UsageError
+from toolkit.errors import UsageError
 from toolkit.serve.batch import Batch, Slice
-from toolkit.serve.kv.blocks import BlockPool, BlockState
+from toolkit.serve.kv.blocks import BlockPool
+from toolkit.serve.kv.tables import BlockTables
 from toolkit.serve.policy.base import Policy
 from toolkit.serve.queue import WaitingQueue
 from toolkit.serve.request import FinishReason, Phase, Request, Status
 
 BOTH = (Phase.DECODE, Phase.PREFILL)
-
-
-class QueueFullError(ToolkitError):
-    """The waiting queue has reached its cap; the request was not accepted."""
-
-    kind = "queue-full"
 
 
 @dataclass(frozen=True)
@@ -32,13 +27,15 @@ class SchedulerConfig:
 
     `max_batch` requests hold blocks at once; a step computes at most `step_tokens`, of which
     decoding requests take one each and prefill chunks the rest (chunked prefill, as in
-    Sarathi-Serve). `max_context` bounds prompt and output together. `max_queue` and
-    `max_queue_tokens` cap what waits (None: no cap). `eos_ids` end a request.
+    Sarathi-Serve). `max_context` bounds prompt and output together. `prefix_cache` shares the
+    blocks of equal contexts across requests. `max_queue` and `max_queue_tokens` cap what waits
+    (None: no cap). `eos_ids` end a request.
     """
 
     max_batch: int = 32
     step_tokens: int = 256
     max_context: int = 2048
+    prefix_cache: bool = True
     max_queue: int | None = None
     max_queue_tokens: int | None = None
     eos_ids: frozenset[int] = frozenset()
@@ -90,14 +87,27 @@ class Scheduler:
             )
         self.config = config
         self.pool = pool
+        self.tables = BlockTables(pool, prefix_cache=config.prefix_cache)
         self.prefill_policy = prefill_policy
         self.decode_policy = decode_policy
         self.running: list[Request] = []
         self.num_preemptions = 0
         self.num_finished = dict.fromkeys(FinishReason, 0)
-        self.queue = WaitingQueue(prefill_policy)
+        self.queue = WaitingQueue(
+            prefill_policy, max_requests=config.max_queue, max_tokens=config.max_queue_tokens
+        )
         self._arrivals = 0
         self._step = 0
+        self._ranked_version = pool.version
+
+    def successor(self) -> Scheduler:
+        """Return a scheduler with the same limits and policies, and nothing in it."""
+        pool = BlockPool(self.pool.num_blocks, self.pool.block_size)
+        prefill = self.prefill_policy.fresh()
+        shared = self.decode_policy is self.prefill_policy
+        return Scheduler(
+            self.config, pool, prefill, prefill if shared else self.decode_policy.fresh()
+        )
 
     # -- what is there -------------------------------------------------------------------------
 
@@ -123,22 +133,6 @@ class Scheduler:
                 remedy="shorten the prompt, or raise the maximum context",
             )
 
-    def check_room(self, num_requests: int, num_tokens: int) -> None:
-        """Raise QueueFullError when that many more requests and prompt tokens may not queue.
-
-        For whoever lets requests in, before `add`; one let in is never turned away afterwards.
-        """
-        caps = (
-            ("requests", self.queue.num_requests + num_requests, self.config.max_queue),
-            ("tokens", self.queue.num_tokens + num_tokens, self.config.max_queue_tokens),
-        )
-        for what, wanted, cap in caps:
-            if cap is not None and wanted > cap:
-                raise QueueFullError(
-                    f"the queue is full: {wanted} {what} would wait and the cap is {cap}",
-                    remedy="try again later",
-                )
-
     def add(self, request: Request, now: float) -> None:
         """Queue a new request. Raises UsageError when it could never be served."""
         self.validate(request)
@@ -146,10 +140,12 @@ class Scheduler:
         request.max_total_tokens = min(
             self.config.max_context, length + (limit or self.config.max_context)
         )
+        eos_ids = frozenset() if request.sampling.ignore_eos else self.config.eos_ids
+        request.end_ids = request.sampling.stop_token_ids | eos_ids
         request.arrival_seq, self._arrivals = self._arrivals, self._arrivals + 1
         for policy in self._policies():
             policy.on_arrival(request, None, now)
-        self.queue.push(request, now)
+        self._wait(request, now)
 
     def finish(self, request: Request, reason: FinishReason, now: float) -> None:
         """End a request now: its client has gone, or its text met a stop string.
@@ -178,6 +174,9 @@ class Scheduler:
         divided engine asks for one phase at a time, each with a step of its own.
         """
         slices: list[Slice] = []
+        if Phase.PREFILL in phases:
+            self._rank(now)
+            self._displace(now)
         before = self.num_preemptions
         if Phase.DECODE in phases:
             slices += self._decode_slices(now)
@@ -199,7 +198,7 @@ class Scheduler:
             if request.status is Status.FINISHED:
                 self._release(request)
                 continue
-            self._computed(request, piece.end)
+            self.tables.advance(request, piece.end)
             for policy in self._policies():
                 policy.on_service(request, None, seconds, piece.num_tokens, now)
             if request.num_pending:
@@ -209,6 +208,8 @@ class Scheduler:
                 request.phase = Phase.DECODE
             before_s = request.arrival_s if request.last_token_s is None else request.last_token_s
             request.output_ids.append(token_id)
+            if request.grammar is not None:
+                request.grammar.accept(token_id)
             request.last_token_s = now
             if request.first_token_s is None:
                 request.first_token_s = now
@@ -235,7 +236,6 @@ class Scheduler:
 
     def _prefill_slices(self, budget: int, may_admit: bool, now: float) -> Iterator[Slice]:
         key = self.prefill_policy.key
-        self.queue.refresh(now)
         resident = [
             (key(r, None, now), r)
             for r in self.running
@@ -263,46 +263,57 @@ class Scheduler:
         return Slice(request, request.phase, request.num_computed, request.num_computed + count)
 
     def _ending(self, request: Request, token_id: int) -> FinishReason | None:
-        sampling = request.sampling
-        if token_id in sampling.stop_token_ids:
-            return FinishReason.STOP
-        if token_id in self.config.eos_ids and not sampling.ignore_eos:
+        if token_id in request.end_ids or (request.grammar and request.grammar.ended):
             return FinishReason.STOP
         if request.num_tokens >= request.max_total_tokens:
             return FinishReason.LENGTH
         return None
 
-    # -- blocks ----------------------------------------------------------------------------------
+    # -- memory ----------------------------------------------------------------------------------
+
+    def _spare(self) -> int:
+        """Blocks kept for those decoding, or a newcomer would cause a preemption at once."""
+        return -(-self.pool.num_blocks // 100) if self.running else 0
 
     def _admit(self, request: Request, now: float) -> bool:
-        """Give a waiting request blocks for every token known so far, or return False.
-
-        All at once, so that a started prefill never waits for memory. A spare hundredth is left
-        for those already decoding, or the newcomer would cause a preemption at once.
-        """
-        pool = self.pool
-        spare = -(-pool.num_blocks // 100) if self.running else 0
-        needed = pool.blocks_for(request.num_tokens)
-        if len(self.running) >= self.config.max_batch or pool.num_free < needed + spare:
+        """Let a waiting request start: it has a place and all its blocks. False: not now."""
+        if len(self.running) >= self.config.max_batch:
+            return False
+        if self.tables.is_coming(request, self.running):
+            return False
+        if not self.tables.open(request, self._spare()):
             return False
         self.queue.pop()
-        request.block_ids = pool.allocate(needed, Phase.PREFILL)
         request.status = Status.RUNNING
         if request.scheduled_s is None:
             request.scheduled_s = now
         self.running.append(request)
         return True
 
+    def _displace(self, now: float) -> None:
+        """Preempt for the first in the queue whom it outranks, if that makes room for it."""
+        head = self.queue.head()
+        if head is None:
+            return
+        waiting, outranks = head[1], self.prefill_policy.outranks
+        victims = [r for r in self.running if not r.in_flight and outranks(waiting, r)]
+        if not victims:
+            return
+        victims.sort(key=lambda r: self.prefill_policy.key(r, None, now))
+        lacking = self.tables.lacking(waiting, self._spare())
+        places = self.config.max_batch - len(self.running)
+        chosen: list[Request] = []
+        while (lacking > 0 or places <= 0) and victims:
+            chosen.append(victims.pop())
+            lacking -= self.pool.num_sole(chosen[-1].block_ids)
+            places += 1
+        if lacking <= 0 and places > 0:
+            for victim in chosen:
+                self._preempt(victim, now)
+
     def _make_room(self, request: Request, now: float) -> bool:
         """Make the block of the next decoded token writable, preempting others if need be."""
-        pool, position = self.pool, request.num_computed
-        index = position // pool.block_size
-        if index < len(request.block_ids):
-            # Half filled by the prefill: the first decoded token takes over its writing.
-            if pool.state(request.block_ids[index]) is BlockState.READY:
-                pool.begin_write(request.block_ids[index], Phase.DECODE)
-            return True
-        while not pool.num_free:
+        while not self.tables.grow(request):
             # Those already in this batch are in flight, so the victim is never one of them.
             victim = max(
                 (r for r in self.running if not r.in_flight),
@@ -311,38 +322,37 @@ class Scheduler:
             self._preempt(victim, now)
             if victim is request:
                 return False
-        request.block_ids += pool.allocate(1, Phase.DECODE)
         return True
-
-    def _computed(self, request: Request, end: int) -> None:
-        """Note that tokens up to `end` lie in the cache, and publish the blocks this completes."""
-        size = self.pool.block_size
-        first, last = request.num_computed // size, end // size
-        request.num_computed = end
-        # The prompt's last block is handed over half full; the first decoded token reopens it.
-        if request.phase is Phase.PREFILL and not request.num_pending and end % size:
-            last += 1
-        for block in request.block_ids[first:last]:
-            self.pool.end_write(block)
 
     def _preempt(self, request: Request, now: float) -> None:
         """Take a request's blocks away; it waits again at its old place and is recomputed."""
         assert not request.in_flight, f"{request.id} is in flight"
-        self.pool.release(request.block_ids)
-        request.block_ids = []
-        request.num_computed = 0
+        self.tables.close(request)
         request.phase = Phase.PREFILL
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.running.remove(request)
         for policy in self._policies():
             policy.on_preempt(request, now)
+        self._wait(request, now)
+
+    def _wait(self, request: Request, now: float) -> None:
+        if self.prefill_policy.ranks_cached:
+            request.num_reusable = self.tables.reusable(request)
         self.queue.push(request, now)
+
+    def _rank(self, now: float) -> None:
+        """Bring the queue's order up to date with the time and with what is cached."""
+        self.queue.refresh(now)
+        if self.prefill_policy.ranks_cached and self._ranked_version != self.pool.version:
+            self._ranked_version = self.pool.version
+            for request in self.queue:
+                request.num_reusable = self.tables.reusable(request)
+            self.queue.rekey(now)
 
     def _release(self, request: Request) -> None:
         if request.block_ids:
-            self.pool.release(request.block_ids)
-            request.block_ids = []
+            self.tables.close(request)
             self.running.remove(request)
 
     def _policies(self) -> tuple[Policy, ...]:

@@ -81,9 +81,11 @@ class Worker:
         with self._wake:
             if self._error is not None or self._stopping:
                 raise self._error or EngineDeadError("the engine has been stopped")
-            arriving = [*self._inbox, *submissions]
-            tokens = sum(len(submission.request.prompt_ids) for submission in arriving)
-            scheduler.check_room(len(arriving), tokens)
+            tokens = sum(len(submission.request.prompt_ids) for submission in submissions)
+            coming = sum(len(submission.request.prompt_ids) for submission in self._inbox)
+            scheduler.queue.check_room(
+                len(submissions), tokens, num_coming=len(self._inbox), tokens_coming=coming
+            )
             self._inbox.extend(submissions)
             self._wake.notify()
 
@@ -91,6 +93,13 @@ class Worker:
         """End requests whose client has gone; those already finished are left alone."""
         with self._wake:
             self._aborts.extend(requests)
+            self._wake.notify()
+
+    def abandon(self, error: EngineDeadError) -> None:
+        """Give the engine up, hung as it may be: its thread ends if its step ever does."""
+        with self._wake:
+            self._error = self._error or error
+            self._stopping = True
             self._wake.notify()
 
     def stop(self, timeout_s: float = 30.0) -> None:
@@ -108,14 +117,18 @@ class Worker:
                 self._busy_since = time.monotonic()
                 report = self.engine.step()
                 self._busy_since = None
+                if self._error is not None:
+                    return
                 self._on_step(report)
         except Exception as error:
             # Whatever it was, the engine's state cannot be trusted: say so to everyone waiting.
             logger.exception("the engine has died")
             dead = EngineDeadError(f"the engine has died: {type(error).__name__}: {error}")
             with self._wake:
-                self._error = dead
-            self._on_death(dead)
+                abandoned = self._error is not None
+                self._error = self._error or dead
+            if not abandoned:
+                self._on_death(dead)
         finally:
             self._busy_since = None
             self.engine.executor.close()

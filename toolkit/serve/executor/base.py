@@ -11,7 +11,8 @@ class Executor(Protocol):
     """Computes batches over KV blocks that the scheduler numbers and the executor stores.
 
     `run` must write the KV of every position in a slice into the blocks of its request's table,
-    may read every earlier position there, and draws one token where `Slice.samples` says so.
+    may read every earlier position there, and draws one token where `Slice.samples` says so. A
+    table may name other blocks of equal content from one step to the next.
     """
 
     def start(self) -> None:
@@ -20,6 +21,10 @@ class Executor(Protocol):
 
     def run(self, batch: Batch) -> StepResult:
         """Compute one step; the result has one entry per slice, in order."""
+        ...
+
+    def successor(self) -> Executor:
+        """Return an executor of the same model with an empty cache; this one has died or hangs."""
         ...
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
-"""Runs batches on CPU cores with torch, in the thread that calls it."""
+"""Runs batches on CPU cores, in the thread that calls it and the decoder's own."""
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from toolkit.hardware.affinity import usable_cpus
 from toolkit.serve.batch import Batch, StepResult
 from toolkit.serve.model import sampler
-from toolkit.serve.model.decoder import Decoder, PagedKV
+from toolkit.serve.model.decoder import Decoder
 from toolkit.serve.model.inputs import prepare
+from toolkit.serve.model.native import NativeDecoder
 
 
 class CpuExecutor:
@@ -20,43 +22,46 @@ class CpuExecutor:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder | NativeDecoder,
         *,
         num_blocks: int,
         block_size: int,
         threads: int,
         pin: bool = False,
     ) -> None:
-        """`pin` ties the thread that calls `start`, and so torch's pool, to `threads` cores."""
+        """`pin` ties the thread that calls `start`, and those beside it, to `threads` cores."""
         self.decoder = decoder
-        self.cache = PagedKV(decoder.config, num_blocks, block_size)
+        self.num_blocks = num_blocks
+        self.cache = decoder.make_cache(num_blocks, block_size)
         self.threads = threads
         # From the top: what else runs in the process, the server first of all, stays low.
         self.cpus: tuple[int, ...] = usable_cpus()[-self.threads :] if pin else ()
 
     def start(self) -> None:
-        """Set this thread's cores and torch's pool, which inherits them at its first use."""
+        """Set this thread's cores, which torch's pool inherits at its first use; start the team."""
         if self.cpus:
             os.sched_setaffinity(0, self.cpus)
         torch.set_num_threads(self.threads)
+        self.decoder.start(self.threads, self.cpus)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
         """Compute the batch's tokens and draw the next of each slice that samples."""
-        logits = self.decoder.forward(prepare(batch, self.cache.block_size), self.cache)
-        drawing = [piece.request for piece in batch.slices if piece.samples]
-        tokens = iter(
-            sampler.sample(
-                logits,
-                [request.sampling for request in drawing],
-                [(request.seed, len(request.output_ids)) for request in drawing],
-            )
-        )
-        return StepResult(tuple(next(tokens) if piece.samples else None for piece in batch.slices))
+        step, hidden = prepare(batch, self.cache.block_size), None
+        if len(step.pooled_rows):
+            hidden = torch.empty(len(step.pooled_rows), self.decoder.config.hidden_size)
+        logits = self.decoder.forward(step, self.cache, hidden)
+        return sampler.draw(logits, batch, hidden)
+
+    def successor(self) -> CpuExecutor:
+        """Return an executor of the same weights with an empty cache."""
+        made = copy.copy(self)
+        made.cache = self.decoder.make_cache(self.num_blocks, self.cache.block_size)
+        return made
 
     def close(self) -> None:
         """Let go of the cache's memory."""
-        self.cache.layers.clear()
+        self.cache.clear()
 
 
 def available_memory_bytes(

@@ -1,16 +1,19 @@
-"""A pool of KV blocks: reference counts, and who may write to each block.
+"""A pool of KV blocks: reference counts, who may write to each block, and what may be found again.
 
 A block's life is FREE -> PREFILL -> READY -> DECODE -> READY -> FREE: it has at most one writing
-phase at a time, which is what lets two phases share one pool without locks on the data.
+phase at a time, which is what lets two phases share one pool without locks on the data. A full
+block may be published under the hash of its context; then nobody writes to it again, others may
+share it, and without owners it is CACHED until its place is needed.
 """
 
 from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from toolkit.errors import UsageError
+from toolkit.serve.kv.prefix import PrefixIndex
 from toolkit.serve.request import Phase
 
 
@@ -21,6 +24,7 @@ class BlockState(enum.Enum):
     PREFILL = "prefill"
     READY = "ready"
     DECODE = "decode"
+    CACHED = "cached"
 
 
 _WRITING = {Phase.PREFILL: BlockState.PREFILL, Phase.DECODE: BlockState.DECODE}
@@ -48,14 +52,27 @@ class BlockPool:
         self._free = list(range(num_blocks - 1, -1, -1))
         self._references = [0] * num_blocks
         self._states = [BlockState.FREE] * num_blocks
+        self._index = PrefixIndex()
+        self.num_evictions = 0
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Blocks that can be had: those free, and those cached without an owner."""
+        return len(self._free) + self._index.num_idle
 
     @property
     def num_used(self) -> int:
-        return self.num_blocks - len(self._free)
+        return self.num_blocks - self.num_free
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that can be found by their content, owned or not."""
+        return len(self._index)
+
+    @property
+    def version(self) -> int:
+        """Changes whenever `match` may answer differently."""
+        return self._index.version
 
     @property
     def capacity_tokens(self) -> int:
@@ -75,9 +92,12 @@ class BlockPool:
         return self._states[block]
 
     def allocate(self, count: int, phase: Phase) -> list[int]:
-        """Take `count` free blocks for `phase` to write. The caller has checked `num_free`."""
-        assert count <= len(self._free), f"{count} blocks wanted, {len(self._free)} free"
-        taken = [self._free.pop() for _ in range(count)]
+        """Take `count` blocks for `phase` to write, evicting what was cached where none is free.
+
+        The caller has checked `num_free`.
+        """
+        assert count <= self.num_free, f"{count} blocks wanted, {self.num_free} free"
+        taken = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         for block in taken:
             assert self._references[block] == 0, f"block {block} was free and referenced"
             self._references[block] = 1
@@ -88,6 +108,7 @@ class BlockPool:
         """Let `phase` write to a READY block of a single owner."""
         assert self._states[block] is BlockState.READY, f"block {block} is {self._states[block]}"
         assert self._references[block] == 1, f"block {block} is shared and cannot be written"
+        assert not self._index.holds(block), f"block {block} is published and cannot be written"
         self._states[block] = _WRITING[phase]
 
     def end_write(self, block: int) -> None:
@@ -100,25 +121,91 @@ class BlockPool:
         assert self._states[block] is BlockState.READY, f"block {block} is {self._states[block]}"
         self._references[block] += 1
 
-    def release(self, blocks: Iterable[int]) -> None:
-        """Drop one owner of each block; a block without owners is free."""
-        for block in blocks:
+    def release(self, blocks: Sequence[int]) -> None:
+        """Drop one owner of each block, the last first; without owners it is cached, or free."""
+        for block in reversed(blocks):
             assert self._references[block] > 0, f"block {block} is freed twice"
             self._references[block] -= 1
-            if self._references[block] == 0:
+            if self._references[block]:
+                continue
+            if self._index.holds(block):
+                self._states[block] = BlockState.CACHED
+                self._index.rest(block)
+            else:
                 self._states[block] = BlockState.FREE
                 self._free.append(block)
+
+    # -- the prefix cache ------------------------------------------------------------------------
+
+    def match(self, names: Iterable[bytes]) -> list[int]:
+        """Return the blocks of the longest run of `names` from the first on that is cached."""
+        found = []
+        for name in names:
+            block = self._index.find(name)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def num_idle(self, blocks: Iterable[int]) -> int:
+        """Return how many of `blocks` have no owner, and so count as free until taken."""
+        return sum(self._index.is_idle(block) for block in blocks)
+
+    def num_sole(self, blocks: Iterable[int]) -> int:
+        """Return how many of `blocks` can be had again once their present owner lets go."""
+        return sum(self._references[block] == 1 for block in blocks)
+
+    def take(self, blocks: Iterable[int]) -> None:
+        """Add an owner to blocks that `match` has found."""
+        for block in blocks:
+            if self._index.is_idle(block):
+                self._index.wake(block)
+                self._states[block] = BlockState.READY
+            self.share(block)
+
+    def publish(self, block: int, name: bytes, parent: bytes) -> int:
+        """Let a full READY block be found by `name`; return the block that has the name now.
+
+        Where another already has it, the owner gets a share of that one and gives its own back, so
+        equal contexts are held once.
+        """
+        assert self._states[block] is BlockState.READY, f"block {block} is {self._states[block]}"
+        known = self._index.find(name)
+        if known is None:
+            self._index.put(block, name, parent)
+            return block
+        if known != block:
+            self.take([known])
+            self.release([block])
+        return known
+
+    def forget(self) -> None:
+        """Empty the cache: what the blocks without owners held is gone."""
+        while self._index.num_idle:
+            block = self._evict()
+            self._states[block] = BlockState.FREE
+            self._free.append(block)
+
+    def _evict(self) -> int:
+        self.num_evictions += 1
+        return self._index.evict()
 
     def check_integrity(self, owners: Iterable[Iterable[int]]) -> None:
         """Raise AssertionError unless the blocks in `owners` account for the whole pool."""
         counted = Counter(block for blocks in owners for block in blocks)
         free = set(self._free)
+        self._index.check_integrity()
         assert len(free) == len(self._free), "a block is listed free twice"
-        assert len(free) + self.num_used == self.num_blocks, "free and used do not add up"
+        assert len(free) + self._index.num_idle + self.num_used == self.num_blocks, "sums are off"
         for block in range(self.num_blocks):
-            held = self._references[block]
+            held, state = self._references[block], self._states[block]
             assert held == counted[block], (
                 f"block {block}: {held} references, {counted[block]} owners"
             )
-            assert (held == 0) == (block in free), f"block {block} leaked, or is free and owned"
-            assert (held == 0) == (self._states[block] is BlockState.FREE), f"block {block}: state"
+            idle = self._index.is_idle(block)
+            assert (held == 0) == (block in free or idle), f"block {block} is lost"
+            assert not (idle and block in free), f"block {block} is cached and free"
+            assert (state is BlockState.FREE) == (block in free), f"block {block}: state {state}"
+            assert (state is BlockState.CACHED) == idle, f"block {block}: state {state}"
+            if self._index.holds(block):
+                assert state not in _WRITING.values(), f"block {block} is cached and written to"

@@ -1,22 +1,26 @@
-"""A Llama-family decoder over paged KV: one forward pass for a mixed batch of slices.
+"""A Llama-family decoder in torch over paged KV: one forward pass for a mixed batch of slices.
+
+The reference that the kernels (native.py) are held to, and what runs where they cannot be built.
 
 Shape suffixes: N tokens of the step, H query heads, K key-value heads, G = H / K query heads per
-key-value head, D head size, E hidden size, F feed-forward size, V vocabulary, B sequences of a
-decode group, T tokens of a chunk, C context tokens read.
+key-value head, D head size, E hidden size, F feed-forward size, V vocabulary, T tokens of a
+sequence, C context tokens read.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
+from toolkit.serve.model.cache import PagedKV
 from toolkit.serve.model.config import DecoderConfig
+from toolkit.serve.model.grouped import Weight, dense, joined
 from toolkit.serve.model.inputs import StepInput
-from toolkit.serve.model.linear import Linear
+from toolkit.serve.model.linear import Product, product
+from toolkit.serve.model.loaded import take_layer
 
 
 @dataclass(frozen=True)
@@ -24,55 +28,34 @@ class Layer:
     """One layer's weights. Query, key, value are one matrix, gate and up another: fewer calls."""
 
     attention_norm: torch.Tensor
-    qkv: Linear
+    qkv: Product
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    output: Linear
+    output: Product
     ffn_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
-
-
-class PagedKV:
-    """The KV cache: per layer `[blocks, block size, 2, K, D]`, each key beside its value."""
-
-    def __init__(self, config: DecoderConfig, num_blocks: int, block_size: int) -> None:
-        shape = (num_blocks, block_size, 2, config.num_kv_heads, config.head_size)
-        # Zeros, because padding is read and 0 x NaN is NaN; numpy's, because the system hands out
-        # their pages only as blocks are first written, while torch touches all of them at once.
-        zeros = (np.zeros(shape, np.float32) for _ in range(config.num_layers))
-        self.layers = [torch.from_numpy(layer) for layer in zeros]
-        self.block_size = block_size
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers)
-
-    def write(self, layer: int, slots_N: torch.Tensor, kv_N2KD: torch.Tensor) -> None:
-        """Store one key and value per token at its slot (block x block size + offset)."""
-        self.layers[layer].flatten(0, 1).index_copy_(0, slots_N, kv_N2KD)
-
-    def read(self, layer: int, tables: torch.Tensor) -> torch.Tensor:
-        """Return `[B, C, 2, K, D]` for block tables `[B, blocks]`, C covering whole blocks."""
-        pool = self.layers[layer]
-        found = pool.flatten(1).index_select(0, tables.flatten())
-        return found.view(tables.shape[0], -1, *pool.shape[2:])
+    gate_up: Product
+    down: Product
 
 
 class Decoder:
     """Weights and the forward pass. Stateless: the KV cache is passed in."""
 
-    def __init__(self, config: DecoderConfig, weights: MutableMapping[str, torch.Tensor]) -> None:
-        """Empty `weights` (float32, `loaded.expected`'s names) into layers.
+    kernels = "torch"
+    dtype = "float32"
+    kv_dtype = torch.float32
+
+    def __init__(self, config: DecoderConfig, weights: MutableMapping[str, Weight]) -> None:
+        """Empty `weights` (`loaded.expected`'s names) into layers.
 
         Emptied as it goes, so that joining matrices never holds the model twice.
         """
         self.config = config
-        self.embedding = weights.pop("embed_tokens.weight")
-        self.norm = weights.pop("norm.weight")
-        self.head = Linear(self.embedding if config.tied_head else weights.pop("lm_head.weight"))
+        embedding = weights.pop("embed_tokens.weight")
+        self.embedding = dense(embedding)[:, : config.hidden_size]
+        self.norm = dense(weights.pop("norm.weight"))
+        self.head = product(embedding if config.tied_head else weights.pop("lm_head.weight"))
         self.layers = [_layer(weights, f"layers.{i}.") for i in range(config.num_layers)]
-        self._cos, self._sin = _rotary(config)
+        self._cos, self._sin = rotary(config)
         assert not weights, f"weights nobody reads: {sorted(weights)}"
 
     @property
@@ -86,13 +69,27 @@ class Decoder:
             held += sum(product.num_bytes for product in products)
         return held
 
+    def start(self, threads: int, cpus: Sequence[int] = ()) -> None:
+        """Nothing to start: torch's pool belongs to the thread that calls."""
+
+    def make_cache(self, num_blocks: int, block_size: int) -> PagedKV:
+        """Return a KV cache as this decoder reads it."""
+        return PagedKV(self.config, num_blocks, block_size)
+
     @torch.inference_mode()
-    def forward(self, step: StepInput, cache: PagedKV) -> torch.Tensor:
-        """Return float32 logits `[len(sample_rows), V]`; the KV of every token is in `cache`."""
+    def forward(
+        self, step: StepInput, cache: PagedKV, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return float32 logits `[len(sample_rows), V]`; the KV of every token is in `cache`.
+
+        The normed last hidden states of `pooled_rows` are written to `hidden`
+        `[len(pooled_rows), E]`, if given.
+        """
         eps, size = self.config.rms_norm_eps, (self.config.hidden_size,)
-        cos_N1D = self._cos[step.positions].unsqueeze(1)
-        sin_N1D = self._sin[step.positions].unsqueeze(1)
-        x_NE = F.embedding(step.tokens, self.embedding)
+        positions = torch.from_numpy(step.positions)
+        cos_N1D = self._cos[positions].unsqueeze(1)
+        sin_N1D = self._sin[positions].unsqueeze(1)
+        x_NE = F.embedding(torch.from_numpy(step.tokens), self.embedding)
         for index, layer in enumerate(self.layers):
             normed_NE = F.rms_norm(x_NE, size, layer.attention_norm, eps)
             qkv_NHD = self._project(layer, normed_NE, cos_N1D, sin_N1D)
@@ -101,7 +98,10 @@ class Decoder:
             normed_NE = F.rms_norm(x_NE, size, layer.ffn_norm, eps)
             gate_NF, up_NF = layer.gate_up(normed_NE).chunk(2, dim=-1)
             x_NE = x_NE + layer.down(F.silu(gate_NF).mul_(up_NF))
-        last = F.rms_norm(x_NE[step.sample_rows], size, self.norm, eps)
+        if hidden is not None:
+            pooled = x_NE[torch.from_numpy(step.pooled_rows)]
+            hidden.copy_(F.rms_norm(pooled, size, self.norm, eps))
+        last = F.rms_norm(x_NE[torch.from_numpy(step.sample_rows)], size, self.norm, eps)
         return self.head(last)
 
     def _project(
@@ -126,72 +126,43 @@ class Decoder:
         self, layer: int, qkv_NHD: torch.Tensor, step: StepInput, cache: PagedKV
     ) -> torch.Tensor:
         """Store the step's keys and values, then return the attention's output `[N, H * D]`."""
-        config, num_tokens = self.config, len(qkv_NHD)
-        kv_heads, size = config.num_kv_heads, config.head_size
-        kv_N2KD = qkv_NHD[:, config.num_heads :].view(num_tokens, 2, kv_heads, size)
-        q_NKGD = qkv_NHD[:, : config.num_heads].unflatten(1, (kv_heads, config.group_size))
-        cache.write(layer, step.slots, kv_N2KD)
-        mixed_NKGD = torch.empty(q_NKGD.shape)
-        for chunk in step.chunks:
-            rows = slice(chunk.first, chunk.last)
-            if chunk.table is None or chunk.mask is None:
-                kv_C2KD = kv_N2KD[rows]
-            else:
-                kv_C2KD = cache.read(layer, chunk.table)[0, : chunk.mask.shape[1]]
-            mixed_NKGD[rows] = _chunk_attention(q_NKGD[rows], kv_C2KD, chunk.mask)
-        for group in step.groups:
-            kv_BC2KD = cache.read(layer, group.tables)[:, : group.context]
-            # The G heads of a group stand where query positions would: keys are never repeated.
-            mixed_NKGD[group.rows] = F.scaled_dot_product_attention(
-                q_NKGD[group.rows],
-                kv_BC2KD[:, :, 0].transpose(1, 2),
-                kv_BC2KD[:, :, 1].transpose(1, 2),
-                attn_mask=group.mask,
+        config = self.config
+        q_NHD, k_NKD, v_NKD = qkv_NHD.split(
+            (config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1
+        )
+        cache.write(layer, torch.from_numpy(step.slots).long(), k_NKD, v_NKD)
+        mixed_NHD = torch.empty(q_NHD.shape)
+        for first, rows, start, table in step.sequences.tolist():
+            context = start + rows
+            blocks = step.tables[table : table + -(-context // cache.block_size)]
+            k_1KCD, v_1KCD = cache.read(layer, torch.from_numpy(blocks).unsqueeze(0).long())
+            hidden_TC = torch.ones(rows, context, dtype=torch.bool).triu_(start + 1)
+            mixed_1HTD = F.scaled_dot_product_attention(
+                q_NHD[first : first + rows].transpose(0, 1).unsqueeze(0),
+                k_1KCD[:, :, :context].repeat_interleave(config.group_size, dim=1),
+                v_1KCD[:, :, :context].repeat_interleave(config.group_size, dim=1),
+                attn_mask=~hidden_TC,
             )
-        return mixed_NKGD.view(num_tokens, -1)
+            mixed_NHD[first : first + rows] = mixed_1HTD[0].transpose(0, 1)
+        return mixed_NHD.flatten(1)
 
 
-def _chunk_attention(
-    q_TKGD: torch.Tensor, kv_C2KD: torch.Tensor, mask_TC: torch.Tensor | None
-) -> torch.Tensor:
-    """Return `[T, K, G, D]`: each token attends to the context up to and including itself."""
-    q_KGTD = q_TKGD.permute(1, 2, 0, 3)
-    # A stride of zero stands for the G heads that share a key: nothing is copied.
-    k_KGCD = kv_C2KD[:, 0].transpose(0, 1).unsqueeze(1).expand(-1, q_KGTD.shape[1], -1, -1)
-    v_KGCD = kv_C2KD[:, 1].transpose(0, 1).unsqueeze(1).expand(-1, q_KGTD.shape[1], -1, -1)
-    mixed_KGTD = F.scaled_dot_product_attention(
-        q_KGTD, k_KGCD, v_KGCD, attn_mask=mask_TC, is_causal=mask_TC is None
-    )
-    return mixed_KGTD.permute(2, 0, 1, 3)
-
-
-def _layer(weights: MutableMapping[str, torch.Tensor], prefix: str) -> Layer:
+def _layer(weights: MutableMapping[str, Weight], prefix: str) -> Layer:
     """Take one layer's weights, joining the matrices that read the same input."""
-
-    def optional(name: str) -> torch.Tensor | None:
-        return weights.pop(prefix + name, None)
-
-    def joined(*names: str) -> torch.Tensor:
-        return torch.cat([weights.pop(prefix + name) for name in names])
-
-    qkv = [f"self_attn.{name}_proj" for name in "qkv"]
-    biased = f"{prefix}{qkv[0]}.bias" in weights
+    taken = take_layer(weights, prefix)
     return Layer(
-        attention_norm=joined("input_layernorm.weight"),
-        qkv=Linear(
-            joined(*(f"{name}.weight" for name in qkv)),
-            joined(*(f"{name}.bias" for name in qkv)) if biased else None,
-        ),
-        q_norm=optional("self_attn.q_norm.weight"),
-        k_norm=optional("self_attn.k_norm.weight"),
-        output=Linear(joined("self_attn.o_proj.weight"), optional("self_attn.o_proj.bias")),
-        ffn_norm=joined("post_attention_layernorm.weight"),
-        gate_up=Linear(joined("mlp.gate_proj.weight", "mlp.up_proj.weight")),
-        down=Linear(joined("mlp.down_proj.weight")),
+        attention_norm=taken.attention_norm,
+        qkv=product(taken.qkv, taken.qkv_bias),
+        q_norm=taken.q_norm,
+        k_norm=taken.k_norm,
+        output=product(taken.output, taken.output_bias),
+        ffn_norm=taken.ffn_norm,
+        gate_up=product(joined((taken.gate, taken.up))),
+        down=product(taken.down),
     )
 
 
-def _rotary(config: DecoderConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary(config: DecoderConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cosines and sines `[max_context, D]` of the rotary embedding (RoFormer, eq. 34)."""
     exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
     frequencies = 1.0 / config.rope_theta**exponents

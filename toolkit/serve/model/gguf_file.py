@@ -1,4 +1,4 @@
-"""Read a GGUF file: configuration from its metadata, weights dequantised to float32."""
+"""Read a GGUF file: configuration from its metadata, weights as float32 or as its own blocks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from toolkit.errors import FormatError, UsageError, require, unknown_name
 from toolkit.serve.model.config import DecoderConfig
+from toolkit.serve.model.grouped import Grouped, Weight, from_gguf
 from toolkit.serve.model.loaded import LoadedModel, check
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -29,8 +30,8 @@ _LAYER_NAMES = {
 _TOP_NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
 
 
-def load(path: Path) -> LoadedModel:
-    """Read the model in the GGUF file at `path`; see weights.load for what is raised."""
+def load(path: Path, *, keep_blocks: bool = False) -> LoadedModel:
+    """Read the model in the GGUF file at `path`; see weights.load."""
     gguf = require("gguf", extra="serve")
     try:
         reader = gguf.GGUFReader(path)
@@ -40,10 +41,10 @@ def load(path: Path) -> LoadedModel:
         names = {name: _renamed(name, path) for name in tensors if name != "rope_freqs.weight"}
         shapes = {new: tuple(map(int, reversed(tensors[old].shape))) for old, new in names.items()}
         check(config, shapes, path)
-        weights = {}
-        for old, new in names.items():
-            values = gguf.quants.dequantize(tensors[old].data, tensors[old].tensor_type)
-            weights[new] = _arranged(new, torch.from_numpy(_owned(values)), config)
+        weights = {
+            new: _arranged(new, _weight(gguf, tensors[old], keep_blocks), config)
+            for old, new in names.items()
+        }
         return LoadedModel(config, weights, _eos_ids(fields))
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
         # The reader has no error of its own: a torn file shows as whatever numpy makes of it.
@@ -121,7 +122,15 @@ def _renamed(name: str, path: Path) -> str:
     raise UsageError(f"{path} holds a weight {name!r} this decoder has no use for")
 
 
-def _arranged(name: str, weight: torch.Tensor, config: DecoderConfig) -> torch.Tensor:
+def _weight(gguf: Any, tensor: Any, keep_blocks: bool) -> Weight:
+    """Return a tensor as its blocks where they are kept and known, else as float32."""
+    grouped = from_gguf(tensor.tensor_type.name, tensor.data) if keep_blocks else None
+    if grouped is not None:
+        return grouped
+    return torch.from_numpy(_owned(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
+
+
+def _arranged(name: str, weight: Weight, config: DecoderConfig) -> Weight:
     """Put the rows of a Llama's query and key matrices back into halves.
 
     GGUF's `llama` rotates neighbouring pairs, so its converter interleaved the two halves of each
@@ -131,9 +140,9 @@ def _arranged(name: str, weight: torch.Tensor, config: DecoderConfig) -> torch.T
     projection = name.split(".")[-2]
     if config.architecture != "llama" or projection not in ("q_proj", "k_proj"):
         return weight
-    heads = config.num_heads if projection == "q_proj" else config.num_kv_heads
-    pairs = weight.view(heads, config.head_size // 2, 2, *weight.shape[1:])
-    return pairs.transpose(1, 2).reshape(weight.shape)
+    pairs = torch.arange(weight.shape[0]).view(-1, config.head_size // 2, 2)
+    rows = pairs.transpose(1, 2).flatten()
+    return weight.take(rows) if isinstance(weight, Grouped) else weight[rows]
 
 
 def _owned(values: Any) -> Any:

@@ -26,7 +26,7 @@ def load(folder: Path) -> LoadedModel:
     if config.tied_head:
         weights.pop("lm_head.weight", None)
     check(config, {name: tensor.shape for name, tensor in weights.items()}, folder)
-    return LoadedModel(config, weights, _eos_ids(settings, folder))
+    return LoadedModel(config, dict(weights), _eos_ids(settings, folder))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 
 from toolkit.errors import FormatError
 from toolkit.serve.model.config import DecoderConfig
+from toolkit.serve.model.grouped import Weight, dense, joined
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,54 @@ class LoadedModel:
     """What a model's file says: shape, weights (named as in `expected`), tokens that end a text."""
 
     config: DecoderConfig
-    weights: dict[str, torch.Tensor]
+    weights: dict[str, Weight]
     eos_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer's weights: query, key and value stacked, because they read the same input."""
+
+    attention_norm: torch.Tensor
+    qkv: Weight
+    qkv_bias: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    output: Weight
+    output_bias: torch.Tensor | None
+    ffn_norm: torch.Tensor
+    gate: Weight
+    up: Weight
+    down: Weight
+
+
+def take_layer(weights: MutableMapping[str, Weight], prefix: str) -> LayerWeights:
+    """Take one layer's weights out of `weights`."""
+
+    def vector(name: str) -> torch.Tensor | None:
+        found = weights.pop(prefix + name, None)
+        return None if found is None else dense(found)
+
+    def needed(name: str) -> torch.Tensor:
+        return dense(weights.pop(prefix + name))
+
+    qkv = [f"{prefix}self_attn.{name}_proj" for name in "qkv"]
+    biased = f"{qkv[0]}.bias" in weights
+    return LayerWeights(
+        attention_norm=needed("input_layernorm.weight"),
+        qkv=joined([weights.pop(f"{name}.weight") for name in qkv]),
+        qkv_bias=torch.cat([dense(weights.pop(f"{name}.bias")) for name in qkv])
+        if biased
+        else None,
+        q_norm=vector("self_attn.q_norm.weight"),
+        k_norm=vector("self_attn.k_norm.weight"),
+        output=weights.pop(f"{prefix}self_attn.o_proj.weight"),
+        output_bias=vector("self_attn.o_proj.bias"),
+        ffn_norm=needed("post_attention_layernorm.weight"),
+        gate=weights.pop(f"{prefix}mlp.gate_proj.weight"),
+        up=weights.pop(f"{prefix}mlp.up_proj.weight"),
+        down=weights.pop(f"{prefix}mlp.down_proj.weight"),
+    )
 
 
 def expected(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""A model's weights and shape, from a GGUF file or a Hugging Face folder, as float32 tensors."""
+"""A model's weights and shape, from a GGUF file or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from toolkit.serve.model import gguf_file, huggingface
 from toolkit.serve.model.loaded import LoadedModel
 
 
-def load(path: Path) -> LoadedModel:
+def load(path: Path, *, keep_blocks: bool = False) -> LoadedModel:
     """Read a `.gguf` file or a Hugging Face folder.
+
+    Weights are float32 tensors; with `keep_blocks`, those that a GGUF file holds in groups of 32
+    at 4 or 8 bits stay as they are.
 
     Raises UsageError for a missing path or an unsupported architecture, FormatError for a file
     that is torn, corrupt or not what its configuration says.
@@ -18,5 +21,5 @@ def load(path: Path) -> LoadedModel:
     if path.is_dir():
         return huggingface.load(path)
     if path.is_file():
-        return gguf_file.load(path)
+        return gguf_file.load(path, keep_blocks=keep_blocks)
     raise UsageError(f"no such model: {path}", remedy="give a GGUF file or a Hugging Face folder")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from toolkit.errors import unknown_name
 from toolkit.serve.policy.base import Policy
 from toolkit.serve.policy.fcfs import FirstComeFirstServed
+from toolkit.serve.policy.priority import StaticPriority
 from toolkit.serve.policy.spf import ShortestPromptFirst
 
 POLICIES: dict[str, type[Policy]] = {
     "fcfs": FirstComeFirstServed,
+    "priority": StaticPriority,
     "spf": ShortestPromptFirst,
 }
 
@@ -24,4 +26,11 @@ def make(name: str) -> Policy:
     return POLICIES[name]()
 
 
-__all__ = ["POLICIES", "FirstComeFirstServed", "Policy", "ShortestPromptFirst", "make"]
+__all__ = [
+    "POLICIES",
+    "FirstComeFirstServed",
+    "Policy",
+    "ShortestPromptFirst",
+    "StaticPriority",
+    "make",
+]

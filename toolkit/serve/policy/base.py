@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Protocol
 
@@ -26,6 +27,12 @@ class Policy(ABC):
     """
 
     name: ClassVar[str]
+    # Whether a key depends on how much of a waiting call the prefix cache holds.
+    ranks_cached: ClassVar[bool] = False
+
+    def fresh(self) -> Policy:
+        """Return the same policy, knowing of no call. One that keeps state overrides this."""
+        return copy.copy(self)
 
     @abstractmethod
     def key(self, call: Request, program: Program | None, now: float) -> Key:
@@ -48,6 +55,10 @@ class Policy(ABC):
 
     def on_preempt(self, call: Request, now: float) -> None:  # noqa: B027
         """The call lost its blocks and waits again."""
+
+    def outranks(self, waiting: Request, resident: Request) -> bool:
+        """Return whether `waiting` may take the place of `resident`, which is then recomputed."""
+        return False
 
     def next_change(self, now: float) -> float | None:
         """Return when a waiting call's key next changes without an event, or None for never."""

@@ -12,6 +12,8 @@ from toolkit.serve.request import Request
 class ShortestPromptFirst(Policy):
     """Serve the call with the fewest tokens left to prefill, each second of age forgiving gamma.
 
+    Tokens that the prefix cache holds cost nothing and are not counted.
+
     Nexus sorts by `remaining - gamma * (now - arrival)`. All calls share `now`, so
     `remaining + gamma * arrival` gives the same order and changes only when a chunk is computed.
     A call of L tokens outranks every new one of l tokens after (L - l) / gamma seconds, so with
@@ -19,6 +21,7 @@ class ShortestPromptFirst(Policy):
     """
 
     name: ClassVar[str] = "spf"
+    ranks_cached: ClassVar[bool] = True
 
     def __init__(self, gamma: float = 15.0) -> None:
         """`gamma`: tokens forgiven per second of waiting; 0 is shortest job first."""
@@ -27,4 +30,5 @@ class ShortestPromptFirst(Policy):
         self.gamma = gamma
 
     def key(self, call: Request, program: Program | None, now: float) -> Key:
-        return (call.num_pending + self.gamma * call.arrival_s, call.arrival_seq, call.id)
+        left = call.num_pending - call.num_reusable
+        return (left + self.gamma * call.arrival_s, call.arrival_seq, call.id)

@@ -8,10 +8,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from toolkit.errors import ToolkitError, UsageError
-from toolkit.serve.scheduler import QueueFullError
+from toolkit.serve.queue import QueueFullError
 from toolkit.serve.worker import EngineDeadError
 
-_TYPES = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error"}
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 
 def body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> Any:
@@ -25,6 +30,12 @@ def respond(
 ) -> JSONResponse:
     """Return an error response."""
     return JSONResponse(body(status, message, param=param, code=code), status_code=status)
+
+
+def no_model(asked: str | None, served: str) -> JSONResponse:
+    """Return the response to a request for a model that is not served."""
+    message = f"the model {asked!r} does not exist here; this server has {served!r}"
+    return respond(404, message, param="model", code="model_not_found")
 
 
 def of_toolkit(error: ToolkitError, *, retry_after_s: int = 1) -> JSONResponse:

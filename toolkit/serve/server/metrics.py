@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from toolkit.serve.engine import Engine, Output, StepReport
 from toolkit.serve.request import FinishReason
+from toolkit.serve.scheduler import Scheduler
 
 # vLLM's bucket bounds, in seconds and in tokens.
 _TTFT_S = (
@@ -31,18 +35,21 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._scheduler = engine.scheduler
         self._model_name = model_name
-        self._preemptions_seen = 0
+        self._seen = (0, 0, 0)
         self._finished_seen = dict.fromkeys(FinishReason, 0)
-        scheduler = engine.scheduler
-        for name, text, read in (
-            ("num_requests_running", "Requests holding KV blocks.", lambda: scheduler.num_running),
-            ("num_requests_waiting", "Requests queued.", lambda: scheduler.queue.num_requests),
-            ("kv_cache_usage_perc", "Used KV blocks, 1 is all.", lambda: scheduler.pool.usage),
-        ):
-            self._gauge(name, text).set_function(read)
+        gauges: tuple[tuple[str, str, Callable[[Scheduler], float]], ...] = (
+            ("num_requests_running", "Requests holding KV blocks.", lambda s: s.num_running),
+            ("num_requests_waiting", "Requests queued.", lambda s: s.queue.num_requests),
+            ("kv_cache_usage_perc", "Used KV blocks, 1 is all.", lambda s: s.pool.usage),
+        )
+        for name, text, read in gauges:
+            self._gauge(name, text).set_function(functools.partial(self._read, read))
+        self.restarts = self._counter("engine_restarts", "Engines replaced.", "toolkit")
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens computed.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self._preemptions = self._counter("num_preemptions", "Requests whose blocks were taken.")
+        self._queried = self._counter("prefix_cache_queries", "Prompt tokens looked up.")
+        self._hit = self._counter("prefix_cache_hits", "Prompt tokens found cached.")
         self._success = Counter(
             "vllm:request_success",
             "Requests ended, by reason.",
@@ -65,6 +72,16 @@ class Metrics:
         self._in_tokens = self._histogram("request_prompt_tokens", "Prompt length.", _TOKENS)
         self._out_tokens = self._histogram("request_generation_tokens", "Output length.", _TOKENS)
 
+    def _read(self, read: Callable[[Scheduler], float]) -> float:
+        return read(self._scheduler)
+
+    def follow(self, engine: Engine) -> None:
+        """Read from another engine from here on; counts go on from where they are."""
+        self._carry()
+        self._scheduler = engine.scheduler
+        self._seen = (0, 0, 0)
+        self._finished_seen = dict.fromkeys(FinishReason, 0)
+
     def step(self, report: StepReport) -> None:
         """Count one step of the engine."""
         self._step_tokens.observe(report.num_tokens)
@@ -74,15 +91,22 @@ class Metrics:
 
     def render(self) -> bytes:
         """Return the text Prometheus scrapes."""
-        # What the scheduler counts itself is carried over by difference.
-        preemptions = self._scheduler.num_preemptions
-        self._preemptions.inc(preemptions - self._preemptions_seen)
-        self._preemptions_seen = preemptions
+        self._carry()
+        return generate_latest(self._registry)
+
+    def _carry(self) -> None:
+        """Carry over by difference what the scheduler counts itself."""
+        tables = self._scheduler.tables
+        now = (self._scheduler.num_preemptions, tables.num_queried, tables.num_hit)
+        for counter, count, seen in zip(
+            (self._preemptions, self._queried, self._hit), now, self._seen, strict=True
+        ):
+            counter.inc(count - seen)
+        self._seen = now
         for reason, count in self._scheduler.num_finished.items():
             ended = self._success.labels(self._model_name, reason.value)
             ended.inc(count - self._finished_seen[reason])
             self._finished_seen[reason] = count
-        return generate_latest(self._registry)
 
     def _token(self, output: Output, now: float) -> None:
         request = output.request
@@ -107,8 +131,8 @@ class Metrics:
         self._in_tokens.observe(len(request.prompt_ids))
         self._out_tokens.observe(num_output)
 
-    def _counter(self, name: str, text: str) -> Counter:
-        made = Counter(f"vllm:{name}", text, ["model_name"], registry=self._registry)
+    def _counter(self, name: str, text: str, prefix: str = "vllm") -> Counter:
+        made = Counter(f"{prefix}:{name}", text, ["model_name"], registry=self._registry)
         return made.labels(self._model_name)
 
     def _gauge(self, name: str, text: str) -> Gauge:

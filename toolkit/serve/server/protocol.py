@@ -1,4 +1,4 @@
-"""What clients send: OpenAI's request bodies, checked field by field.
+"""What clients send to be completed: OpenAI's request bodies, checked field by field.
 
 A field this server cannot honour is refused unless its value asks for nothing; no field is
 silently dropped, except those that only identify the caller and change no token.
@@ -6,35 +6,29 @@ silently dropped, except those that only identify the caller and change no token
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from toolkit.errors import unknown_name
 from toolkit.serve.request import SamplingParams
+from toolkit.serve.server.constraints import Constrained
 
 # Known and not supported -> the values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "best_of": (None, 1),
-    "frequency_penalty": (None, 0),
+    "echo": (None, False),
     "function_call": (None, "none"),
     "functions": (None, []),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
     "modalities": (None, ["text"]),
     "moderation": (None,),
-    "parallel_tool_calls": (None, True, False),
     "prediction": (None,),
-    "presence_penalty": (None, 0),
     "reasoning_effort": (None, "none"),
-    "response_format": (None, {"type": "text"}),
     "store": (None, False),
     "suffix": (None, ""),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
-    "top_logprobs": (None, 0),
     "verbosity": (None, "medium"),
     "web_search_options": (None,),
 }
@@ -43,11 +37,13 @@ _IDENTITY = (
     "metadata",
     "prompt_cache_key",
     "prompt_cache_retention",
+    "request_id",
     "safety_identifier",
     "service_tier",
     "user",
 )
 _MAX_CHOICES = 16
+_INT64 = 2**63
 
 
 class StreamOptions(BaseModel):
@@ -56,29 +52,38 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: Literal[False] | None = None
 
 
-class _Body(BaseModel):
+class Body(Constrained):
     """What both kinds of completion have in common. `None` is OpenAI's way to say "default"."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     _default_max_tokens: ClassVar[int | None] = None
 
     model: str
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=_MAX_CHOICES)
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, float] | None = None
     # Beyond OpenAI, under the names vLLM gave them.
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, lt=_INT64)
     min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0)
+    priority: int | None = Field(None, ge=-_INT64, lt=_INT64)
+    cache_salt: str | None = Field(None, min_length=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -93,7 +98,7 @@ class _Body(BaseModel):
                 if value not in _UNSUPPORTED[name]:
                     raise PydanticCustomError(
                         "unsupported_parameter",
-                        "{field} is not supported by this server yet; leave it out",
+                        "{field} is not supported by this server; leave it out",
                         {"field": name},
                     )
             elif name not in _IDENTITY:
@@ -103,19 +108,25 @@ class _Body(BaseModel):
                 )
         return kept
 
+    @field_validator("logit_bias")
+    @classmethod
+    def _token_ids(cls, given: dict[str, float] | None) -> dict[str, float] | None:
+        for key, value in (given or {}).items():
+            if not (key.isascii() and key.isdigit()) or not -100 <= value <= 100:
+                raise invalid("logit_bias", "logit_bias maps token ids to numbers from -100 to 100")
+        return given
+
     @model_validator(mode="after")
-    def _agree(self) -> _Body:
+    def _agree(self) -> Body:
         if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError(
-                "invalid_value",
-                "stream_options needs stream to be true",
-                {"field": "stream_options"},
-            )
+            raise invalid("stream_options", "stream_options needs stream to be true")
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stops) > 4 or not all(stops):
-            raise PydanticCustomError(
-                "invalid_value", "stop takes up to 4 non-empty strings", {"field": "stop"}
-            )
+            raise invalid("stop", "stop takes up to 4 non-empty strings")
+        limit = self.limit()
+        if limit is not None and (self.min_tokens or 0) > limit:
+            raise invalid("min_tokens", f"min_tokens is above the limit of {limit} tokens")
+        self.structured()
         return self
 
     @property
@@ -130,29 +141,59 @@ class _Body(BaseModel):
         """Return the most tokens to generate; None up to the context."""
         return self.max_tokens if self.max_tokens is not None else self._default_max_tokens
 
+    def num_logprobs(self) -> int | None:
+        """Return how many of the likeliest tokens to report, 0 for the chosen one, or None."""
+        raise NotImplementedError
+
     def sampling(self, choice: int) -> SamplingParams:
         """Return how tokens of the given choice are drawn; OpenAI's default temperature is 1."""
+        limit = self.limit()
         return SamplingParams(
-            max_tokens=self.limit(),
+            # Nothing to generate: one token is drawn, whose logits are there anyway, and not shown.
+            max_tokens=limit if limit is None else max(1, limit),
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=max(0, self.top_k or 0),
             top_p=1.0 if self.top_p is None else self.top_p,
             min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            logit_bias=tuple((int(key), value) for key, value in (self.logit_bias or {}).items()),
             # Choices of one request differ, and each is repeatable.
             seed=None if self.seed is None else self.seed + choice,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=frozenset(self.stop_token_ids or ()),
+            include_stop=bool(self.include_stop_str_in_output),
             ignore_eos=bool(self.ignore_eos),
+            min_tokens=self.min_tokens or 0,
+            logprobs=self.num_logprobs(),
+            structured=self.structured(),
         )
 
 
-class CompletionRequest(_Body):
+class CompletionRequest(Body):
     """`POST /v1/completions`: text or token ids in, text out."""
 
     _default_max_tokens: ClassVar[int | None] = 16  # OpenAI's
 
     prompt: str | list[int] | list[str] | list[list[int]] = Field(min_length=1)
     echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _generate_something(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise invalid("max_tokens", "max_tokens of 0 leaves nothing to say without echo")
+        return self
+
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def sampling(self, choice: int) -> SamplingParams:
+        """As for any body; what is echoed is scored too."""
+        found = super().sampling(choice)
+        scored = self.logprobs if self.echo else None
+        return replace(found, prompt_logprobs=scored)
 
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts one by one, each text or token ids."""
@@ -163,43 +204,6 @@ class CompletionRequest(_Body):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class ContentPart(BaseModel):
-    """A piece of a message; only text is understood."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    """One turn of a conversation."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
-    name: str | None = None
-    refusal: None = None
-
-    def plain(self) -> dict[str, str]:
-        """Return the turn as chat templates take it; `developer` is a newer word for system."""
-        role = "system" if self.role == "developer" else self.role
-        text = self.content
-        if not isinstance(text, str):
-            text = "".join(part.text for part in text)
-        named = {"name": self.name} if self.name else {}
-        return {"role": role, "content": text, **named}
-
-
-class ChatRequest(_Body):
-    """`POST /v1/chat/completions`: a conversation in, the assistant's turn out."""
-
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-
-    def limit(self) -> int | None:
-        """Return the most tokens to generate; the newer name wins."""
-        if self.max_completion_tokens is not None:
-            return self.max_completion_tokens
-        return super().limit()
+def invalid(field: str, message: str) -> PydanticCustomError:
+    """Return the error for a field whose value cannot be."""
+    return PydanticCustomError("invalid_value", "{text}", {"field": field, "text": message})

@@ -23,10 +23,11 @@ class Server(uvicorn.Server):
         *,
         drain_s: float = 30.0,
         on_ready: Callable[[], None] | None = None,
+        door: app.Doorkeeping | None = None,
     ) -> None:
         """`drain_s` is what open requests get to finish after SIGTERM or SIGINT."""
         config = uvicorn.Config(
-            app.create(service),
+            app.create(service, door),
             log_config=None,
             access_log=False,
             lifespan="on",

@@ -1,0 +1,1 @@
+"""Load on any OpenAI-compatible URL, and what it bears: open loop, streamed, measured outside."""

@@ -1,0 +1,182 @@
+"""Sends a load to a URL and notes when every piece of every answer came."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from toolkit.errors import ToolkitError
+from toolkit.serve.bench.load import Arrival
+
+# What is asked once to learn how many characters a token has.
+_PROBE = "The sea is everything. It covers seven tenths of the terrestrial globe. " * 8
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where and how: an OpenAI base URL (ending in /v1), a model, completions or chat."""
+
+    url: str
+    model: str
+    chat: bool = False
+    api_key: str | None = None
+    ignore_eos: bool = True
+    timeout_s: float = 600.0
+
+    def body(self, prompt: str, max_tokens: int) -> dict[str, Any]:
+        """Return the request's body; `ignore_eos` is beyond OpenAI and forces the length."""
+        asked: dict[str, Any] = {"prompt": prompt}
+        if self.chat:
+            asked = {"messages": [{"role": "user", "content": prompt}]}
+        forced = {"ignore_eos": True} if self.ignore_eos else {}
+        return {"model": self.model, "max_tokens": max_tokens, "temperature": 0, **asked, **forced}
+
+    @property
+    def path(self) -> str:
+        return "/chat/completions" if self.chat else "/completions"
+
+    def client(self) -> httpx.AsyncClient:
+        """Return a client that opens as many connections as the load needs."""
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        return httpx.AsyncClient(
+            base_url=self.url,
+            headers=headers,
+            timeout=self.timeout_s,
+            limits=httpx.Limits(max_connections=None),
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One request as its client saw it, in seconds; `error` None means that it was served."""
+
+    arrival: Arrival
+    sent_s: float
+    end_s: float
+    piece_s: tuple[float, ...] = ()
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    error: str | None = None
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to first token."""
+        return self.piece_s[0] - self.sent_s
+
+    @property
+    def e2e_s(self) -> float:
+        return self.end_s - self.sent_s
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Times between pieces of text."""
+        return [b - a for a, b in itertools.pairwise(self.piece_s)]
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Time per output token after the first, on average; None of a single token."""
+        if self.output_tokens < 2:
+            return None
+        return (self.piece_s[-1] - self.piece_s[0]) / (self.output_tokens - 1)
+
+
+@dataclass
+class _Record:
+    piece_s: list[float] = field(default_factory=list)
+    usage: dict[str, int] = field(default_factory=dict)
+    error: str | None = None
+
+
+async def probe(target: Target) -> float:
+    """Return how many characters a token of the target's model has. Raises ToolkitError."""
+    async with target.client() as client:
+        try:
+            answer = await client.post(target.path, json=target.body(_PROBE, 1))
+        except httpx.HTTPError as error:
+            raise ToolkitError(
+                f"{target.url} does not answer: {type(error).__name__} {error}",
+                remedy="start the server first, and give its URL up to /v1",
+            ) from error
+    if answer.status_code != 200:
+        raise ToolkitError(f"{target.url} answers {answer.status_code}: {answer.text[:300]}")
+    return len(_PROBE) / int(answer.json()["usage"]["prompt_tokens"])
+
+
+async def run(
+    target: Target,
+    arrivals: Sequence[Arrival],
+    prompts: Sequence[str],
+    *,
+    on_done: Callable[[], None] = lambda: None,
+) -> list[Sample]:
+    """Send every request at its time, whatever has become of the others; return what came."""
+    async with target.client() as client:
+        start_s = time.perf_counter()
+
+        async def one(arrival: Arrival, prompt: str) -> Sample:
+            await asyncio.sleep(start_s + arrival.at_s - time.perf_counter())
+            sent_s = time.perf_counter()
+            record = await _ask(client, target, prompt, arrival.output_tokens)
+            end_s = time.perf_counter()
+            on_done()
+            if record.error is None and not record.piece_s:
+                record.error = "nothing came"
+            return Sample(
+                arrival,
+                sent_s - start_s,
+                end_s - start_s,
+                tuple(at - start_s for at in record.piece_s),
+                record.usage.get("prompt_tokens", 0),
+                record.usage.get("completion_tokens", len(record.piece_s)),
+                record.error,
+            )
+
+        pairs = zip(arrivals, prompts, strict=True)
+        return list(await asyncio.gather(*(one(*pair) for pair in pairs)))
+
+
+async def _ask(client: httpx.AsyncClient, target: Target, prompt: str, length: int) -> _Record:
+    record = _Record()
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    body = target.body(prompt, length) | streamed
+    try:
+        async with client.stream("POST", target.path, json=body) as answer:
+            if answer.status_code != 200:
+                await answer.aread()
+                record.error = f"HTTP {answer.status_code}"
+                return record
+            async for line in answer.aiter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    _hear(json.loads(line.removeprefix("data: ")), record)
+    except (httpx.HTTPError, ValueError) as error:
+        record.error = type(error).__name__
+    return record
+
+
+def _hear(event: dict[str, Any], record: _Record) -> None:
+    if "error" in event:
+        record.error = str(event["error"].get("code") or event["error"].get("message"))
+    record.usage = event.get("usage") or record.usage
+    for choice in event.get("choices", ()):
+        if choice.get("text") or (choice.get("delta") or {}).get("content"):
+            record.piece_s.append(time.perf_counter())
+
+
+def first_model(url: str, api_key: str | None) -> str:
+    """Return the first model a server lists. Raises ToolkitError."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        answer = httpx.get(f"{url}/models", headers=headers, timeout=30).raise_for_status()
+        return str(answer.json()["data"][0]["id"])
+    except (httpx.HTTPError, ValueError, LookupError) as error:
+        raise ToolkitError(
+            f"{url} lists no model: {type(error).__name__} {error}",
+            remedy="start the server first, give its URL up to /v1, or name the model",
+        ) from error

@@ -1,0 +1,276 @@
+// Rows of activations times a packed weight matrix, in four weight formats.
+//
+// A weight `[n, k]` lies in panels of NR outputs. Each output is summed over k in one fixed order
+// (one chain of FMAs, over k or over groups of 32 k whose integer sums are exact), whatever the
+// number of rows, the tile they fall into and the thread that takes the panel: a row's result does
+// not depend on the other rows.
+//
+// A panel, by format (rows of NR outputs; the byte order inside is what simd.h's loads expect):
+//   FLOAT32  k x [NR floats]
+//   INT8     per group: [NR half scales] [32 / INT8_K x 2 x L x INT8_K signed levels]
+//   INT4     per group: [NR half scales] [NR half minima] [8 x L x 4 bytes, two outputs a byte]
+//   INT4W    as INT4 with float scales and minima, for files whose scales no half holds exactly
+// A 4-bit weight is scale x level + minimum with a level of 0..15.
+#pragma once
+
+#include "pool.h"
+#include "simd.h"
+
+namespace kernels {
+
+enum Format : int32_t { FLOAT32 = 0, INT8 = 1, INT4 = 2, INT4W = 3 };
+
+struct Matrix {
+  int32_t format, n, k, reserved;
+  const void* panels;
+  const float* bias;  // padded to whole panels, or null
+};
+
+inline int round_up(int value, int step) { return (value + step - 1) / step * step; }
+inline int num_panels(const Matrix& m) { return (m.n + NR - 1) / NR; }
+inline int num_groups(int k) { return (k + GROUP - 1) / GROUP; }
+
+inline size_t panel_bytes(int format, int k) {
+  const size_t groups = num_groups(k);
+  switch (format) {
+    case FLOAT32: return sizeof(float) * NR * k;
+    case INT8: return groups * (2 * NR + GROUP * NR);
+    case INT4: return groups * (4 * NR + GROUP / 2 * NR);
+    default: return groups * (8 * NR + GROUP / 2 * NR);
+  }
+}
+
+// Rows as a product reads them: floats, or levels with a scale per row and group of 32.
+struct Activations {
+  int stride, groups;  // of `values` and of the levels (multiple of 32), in elements
+  float* values;
+  Act8* levels8;
+  int8_t* levels4;
+  float* scales;       // [rows, groups]
+  float* scaled_sums;  // scale x sum of the levels
+  int32_t* sums;
+};
+
+// Quantise row `row` of `a.values` as products of `format` read it. Symmetric, to -127..127.
+inline void quantise(const Activations& a, int format, int row) {
+  for (int g = 0; g < a.groups; ++g) {
+    const float* values = a.values + (size_t)row * a.stride + g * GROUP;
+    F top = abs(load(values));
+    for (int i = L; i < GROUP; i += L) top = max(top, abs(load(values + i)));
+    const float most = maximum(top);
+    const bool live = most > 1e-30f;
+    const F inverse = splat(live ? 127.0f / most : 0.0f);
+    int32_t levels[GROUP];
+    for (int i = 0; i < GROUP; i += L) {
+      const I rounded = to_int(mul(load(values + i), inverse));
+      std::memcpy(levels + i, &rounded, sizeof rounded);
+    }
+    int32_t total = 0;
+    const size_t at = (size_t)row * a.stride + g * GROUP;
+    if (format == INT8)
+      for (int i = 0; i < GROUP; ++i) a.levels8[at + i] = (Act8)levels[i];
+    else
+      for (int i = 0; i < GROUP; ++i) a.levels4[at + i] = (int8_t)levels[i];
+    for (int i = 0; i < GROUP; ++i) total += levels[i];
+    const size_t group = (size_t)row * a.groups + g;
+    const float scale = live ? most / 127.0f : 0.0f;
+    a.scales[group] = scale;
+    a.scaled_sums[group] = scale * (float)total;
+    a.sums[group] = total;
+  }
+}
+
+// Rows a tile computes at once: as many as the registers hold sums for.
+constexpr int TILE_ROWS = L == 16 ? 12 : 6;
+// Rows that go through a run of panels together, so that they stay in the second cache.
+constexpr int BLOCK_ROWS = 20 * TILE_ROWS;
+// k of a float panel that stay in the first cache while all rows pass.
+constexpr int BLOCK_K = 256;
+
+// sums[r] += sum over i of x[r][i] * (w0[i * step], w1[i * step]), in order of i. With VECTORS = 1,
+// w1 and the second sums are not touched.
+//
+// `soon` is what will be read next, 16 numbers for each i, or null.
+template <int ROWS, int VECTORS, class Kept>
+inline void tile_float(const float* x, int stride, const Kept* w0, const Kept* w1, int step,
+                       int count, F (&sums)[ROWS][2], const Kept* soon = nullptr) {
+  F held[ROWS][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) held[r][0] = sums[r][0], held[r][1] = sums[r][1];
+  for (int i = 0; i < count; ++i, w0 += step, w1 += step) {
+    F a = load(w0), b = VECTORS == 2 ? load(w1) : a;
+    KERNELS_PIN(a);
+    KERNELS_PIN(b);
+    if (soon) __builtin_prefetch(soon + (size_t)i * 16);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      const F value = splat(x[(size_t)r * stride + i]);
+      held[r][0] = fma(value, a, held[r][0]);
+      KERNELS_PIN(held[r][0]);
+      if (VECTORS == 2) {
+        held[r][1] = fma(value, b, held[r][1]);
+        KERNELS_PIN(held[r][1]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) sums[r][0] = held[r][0], sums[r][1] = held[r][1];
+}
+
+template <int ROWS>
+inline void tile_int8(const Activations& a, int row, const uint8_t* w, F (&sums)[ROWS][2]) {
+  const Act8* x = a.levels8 + (size_t)row * a.stride;
+  const size_t first_group = (size_t)row * a.groups;
+  for (int g = 0; g < a.groups; ++g) {
+    const auto* scale = (const uint16_t*)w;
+    const auto* level = (const int8_t*)(w + 2 * NR);
+    w += 2 * NR + GROUP * NR;
+    I parts[ROWS][2];
+    for (int r = 0; r < ROWS; ++r)
+      parts[r][0] = parts[r][1] = int8_start(a.sums[first_group + (size_t)r * a.groups + g]);
+    for (int i = 0; i < GROUP; i += INT8_K, level += NR * INT8_K) {
+      __builtin_prefetch(level + 2048);
+      const Weights8 w0 = load_weights8(level), w1 = load_weights8(level + L * INT8_K);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) {
+        const Act8* at = x + (size_t)r * a.stride + g * GROUP + i;
+        parts[r][0] = dot8(parts[r][0], w0, at);
+        parts[r][1] = dot8(parts[r][1], w1, at);
+        KERNELS_PIN(parts[r][0]);
+        KERNELS_PIN(parts[r][1]);
+      }
+    }
+    const F s0 = load(scale), s1 = load(scale + L);
+    for (int r = 0; r < ROWS; ++r) {
+      const F s = splat(a.scales[first_group + (size_t)r * a.groups + g]);
+      sums[r][0] = fma(to_float(parts[r][0]), mul(s0, s), sums[r][0]);
+      sums[r][1] = fma(to_float(parts[r][1]), mul(s1, s), sums[r][1]);
+    }
+  }
+}
+
+template <int ROWS, class Scale>
+inline void tile_int4(const Activations& a, int row, const uint8_t* w, F (&sums)[ROWS][2]) {
+  const int8_t* x = a.levels4 + (size_t)row * a.stride;
+  const size_t first_group = (size_t)row * a.groups;
+  for (int g = 0; g < a.groups; ++g) {
+    const auto* scale = (const Scale*)w;
+    const uint8_t* level = w + 2 * sizeof(Scale) * NR;
+    w = level + GROUP / 2 * NR;
+    Sum4 parts[ROWS][2];
+    for (int r = 0; r < ROWS; ++r) parts[r][0] = parts[r][1] = sum4_zero();
+#pragma GCC unroll 8
+    for (int i = 0; i < GROUP; i += 4, level += 2 * NR) {
+      __builtin_prefetch(level + 2048);
+      const Weights4 pair = load_weights4(level);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) {
+        const auto at = splat4(x + (size_t)r * a.stride + g * GROUP + i);
+        parts[r][0] = dot4(parts[r][0], pair.low, at);
+        parts[r][1] = dot4(parts[r][1], pair.high, at);
+        KERNELS_PIN(parts[r][0]);
+        KERNELS_PIN(parts[r][1]);
+      }
+    }
+    const F s0 = load(scale), s1 = load(scale + L), m0 = load(scale + NR), m1 = load(scale + NR + L);
+    for (int r = 0; r < ROWS; ++r) {
+      const size_t group = first_group + (size_t)r * a.groups + g;
+      const F s = splat(a.scales[group]), t = splat(a.scaled_sums[group]);
+      sums[r][0] = fma(to_float(sum4_int(parts[r][0])), mul(s0, s), fma(m0, t, sums[r][0]));
+      sums[r][1] = fma(to_float(sum4_int(parts[r][1])), mul(s1, s), fma(m1, t, sums[r][1]));
+    }
+  }
+}
+
+// Call `tile(row, count)` with a constant count for tiles of even size that cover the rows.
+template <int ROWS = TILE_ROWS, class Tile>
+inline void tile_of(int row, int count, Tile& tile) {
+  if constexpr (ROWS > 1)
+    if (count < ROWS) return tile_of<ROWS - 1>(row, count, tile);
+  tile(row, std::integral_constant<int, ROWS>{});
+}
+template <class Tile>
+inline void tiles(int first, int last, Tile tile) {
+  for (int left = (last - first + TILE_ROWS - 1) / TILE_ROWS; left; --left) {
+    const int count = (last - first + left - 1) / left;
+    tile_of(first, count, tile);
+    first += count;
+  }
+}
+
+// Where a product's outputs go. `y` has `stride` floats a row, whole panels at least.
+struct Output {
+  // GATE: gate and up lie side by side in a panel; silu(gate) x up comes out, L wide.
+  enum Kind { STORE, ADD, GATE } kind;
+  float* y;
+  int stride;
+  const float* bias;
+
+  void put(int panel, int row, F a, F b) const {
+    float* to = y + (size_t)row * stride;
+    if (kind == GATE) {
+      const F decay = exp(sub(zero(), a));
+      return store(to + panel * L, mul(div(a, add(splat(1.0f), decay)), b));
+    }
+    to += panel * NR;
+    if (bias) a = add(a, load(bias + panel * NR)), b = add(b, load(bias + panel * NR + L));
+    store(to, kind == ADD ? add(load(to), a) : a);
+    store(to + L, kind == ADD ? add(load(to + L), b) : b);
+  }
+};
+
+// Rows [first, last) times one panel.
+[[gnu::noinline]] inline void rows_by_panel(const Activations& a, const Matrix& m, int panel, int first, int last,
+                          float* partial, const Output& out) {
+  const auto* w = (const uint8_t*)m.panels + panel_bytes(m.format, m.k) * panel;
+  if (m.format == FLOAT32) {
+    const int parts = (m.k + BLOCK_K - 1) / BLOCK_K, step = (m.k + parts - 1) / parts;
+    for (int start = 0; start < m.k; start += step) {
+      const int size = start + step < m.k ? step : m.k - start;
+      tiles(first, last, [&](int row, auto rows) {
+        constexpr int ROWS = rows;
+        F sums[ROWS][2];
+        float* kept = partial + (size_t)(row - first) * NR;
+        for (int r = 0; r < ROWS; ++r)
+          for (int v = 0; v < 2; ++v) sums[r][v] = start ? load(kept + r * NR + v * L) : zero();
+        const float* from = (const float*)w + (size_t)start * NR;
+        tile_float<ROWS, 2>(a.values + (size_t)row * a.stride + start, a.stride, from, from + L, NR,
+                            size, sums);
+        for (int r = 0; r < ROWS; ++r)
+          if (start + size == m.k) {
+            out.put(panel, row + r, sums[r][0], sums[r][1]);
+          } else {
+            store(kept + r * NR, sums[r][0]);
+            store(kept + r * NR + L, sums[r][1]);
+          }
+      });
+    }
+    return;
+  }
+  tiles(first, last, [&](int row, auto rows) {
+    constexpr int ROWS = rows;
+    F sums[ROWS][2];
+    for (int r = 0; r < ROWS; ++r) sums[r][0] = sums[r][1] = zero();
+    switch (m.format) {
+      case INT8: tile_int8<ROWS>(a, row, w, sums); break;
+      case INT4: tile_int4<ROWS, uint16_t>(a, row, w, sums); break;
+      default: tile_int4<ROWS, float>(a, row, w, sums);
+    }
+    for (int r = 0; r < ROWS; ++r) out.put(panel, row + r, sums[r][0], sums[r][1]);
+  });
+}
+
+// One phase of a step: the team multiplies `rows` rows by the whole matrix.
+inline void multiply(Team& team, int phase, const Matrix& m, const Activations& a, int rows,
+                     float* partial, const Output& out) {
+  const int panels = num_panels(m), size = panels / (8 * team.members());
+  team.runs(phase, panels, size > 1 ? size : 1, [&](int first_panel, int last_panel) {
+    for (int first = 0; first < rows; first += BLOCK_ROWS) {
+      const int last = first + BLOCK_ROWS < rows ? first + BLOCK_ROWS : rows;
+      for (int panel = first_panel; panel < last_panel; ++panel)
+        rows_by_panel(a, m, panel, first, last, partial, out);
+    }
+  });
+}
+
+}  // namespace kernels
