@@ -62,7 +62,7 @@ def tokenizer(smollm2_gguf: Path) -> Tokenizer:
 @pytest.fixture(scope="session")
 def smollm2(smollm2_gguf: Path) -> tuple[LoadedModel, Decoder | NativeDecoder]:
     model = weights.load(smollm2_gguf)
-    return model, make_decoder(model, "none", 1)
+    return model, make_decoder(model, "none")
 
 
 @pytest.fixture

@@ -182,7 +182,7 @@ LLAMA3_ROPE = {
 }
 
 
-def _no_compiler(*_: Any) -> None:
+def _no_compiler(*_: Any, **__: Any) -> None:
     raise ToolkitError("there is no C++ compiler")
 
 

@@ -19,7 +19,7 @@ from toolkit.serve.executor.cpu import CpuExecutor, available_memory_bytes
 from toolkit.serve.kv.blocks import BlockPool
 from toolkit.serve.model import weights
 from toolkit.serve.model.loaded import LoadedModel
-from toolkit.serve.model.quantisation import check_mode, make_decoder
+from toolkit.serve.model.quantisation import check_mode, chosen, kv_dtype, make_decoder
 from toolkit.serve.model.tokenizer import Tokenizer
 from toolkit.serve.scheduler import Scheduler, SchedulerConfig
 from toolkit.units import format_bytes
@@ -103,8 +103,8 @@ def build(model: LoadedModel, settings: EngineSettings) -> tuple[Engine, CpuExec
     Raises InfeasibleError when not even one block fits, UsageError for contradictory settings.
     """
     config = model.config
-    decoder = make_decoder(model, check_mode(settings.quantize), _threads(settings))
-    block_bytes = settings.block_size * config.kv_bytes_per_token(decoder.kv_dtype.itemsize)
+    mode = chosen(settings.quantize, model.weights.values(), _threads(settings))
+    block_bytes = settings.block_size * config.kv_bytes_per_token(kv_dtype(mode).itemsize)
     context = min(settings.max_context or config.max_context, config.max_context)
     if settings.max_context and settings.max_context > config.max_context:
         raise UsageError(
@@ -144,7 +144,7 @@ def build(model: LoadedModel, settings: EngineSettings) -> tuple[Engine, CpuExec
         decode_policy=policy.make("priority" if settings.policy == "priority" else "fcfs"),
     )
     executor = CpuExecutor(
-        decoder,
+        make_decoder(model, mode),
         num_blocks=num_blocks,
         block_size=settings.block_size,
         threads=_threads(settings),

@@ -42,14 +42,19 @@ class Decoder:
 
     kernels = "torch"
     dtype = "float32"
-    kv_dtype = torch.float32
 
-    def __init__(self, config: DecoderConfig, weights: MutableMapping[str, Weight]) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: MutableMapping[str, Weight],
+        *,
+        kv_dtype: torch.dtype = torch.float32,
+    ) -> None:
         """Empty `weights` (`loaded.expected`'s names) into layers.
 
         Emptied as it goes, so that joining matrices never holds the model twice.
         """
-        self.config = config
+        self.config, self.kv_dtype = config, kv_dtype
         embedding = weights.pop("embed_tokens.weight")
         self.embedding = dense(embedding)[:, : config.hidden_size]
         self.norm = dense(weights.pop("norm.weight"))
@@ -74,7 +79,7 @@ class Decoder:
 
     def make_cache(self, num_blocks: int, block_size: int) -> PagedKV:
         """Return a KV cache as this decoder reads it."""
-        return PagedKV(self.config, num_blocks, block_size)
+        return PagedKV(self.config, num_blocks, block_size, dtype=self.kv_dtype)
 
     @torch.inference_mode()
     def forward(

@@ -46,6 +46,7 @@ def chosen(mode: str, weights: Iterable[Weight], threads: int) -> Mode:
     What "auto" may choose from: float32, 8 bits, and 4 bits if most of the file's own weights have
     no more. Without the kernels it is float32, because in torch nothing else is faster.
     """
+    check_mode(mode)
     for known in MODES:
         if mode == known:
             return known
@@ -118,18 +119,20 @@ def converted(name: str, weight: Weight, mode: Mode) -> Weight:
     return quantise(dense(weight), 8 if mode == "int8" or name in _VOCABULARY else 4)
 
 
-def make_decoder(model: LoadedModel, mode: str, threads: int) -> Decoder | NativeDecoder:
+def kv_dtype(mode: Mode) -> torch.dtype:
+    """Return what keys and values are kept in: beside rounded weights, half precision is enough."""
+    return torch.float32 if mode == "none" else torch.float16
+
+
+def make_decoder(model: LoadedModel, mode: Mode) -> Decoder | NativeDecoder:
     """Return the decoder of a loaded model, whose `weights` are emptied.
 
     The kernels' where they can be built, else, with a warning, torch's.
     """
-    format_ = chosen(mode, model.weights.values(), threads)
     for name in list(model.weights):
-        model.weights[name] = converted(name, model.weights[name], format_)
-    # With weights rounded this far, half-precision keys and values cost nothing more.
-    kv_dtype = torch.float32 if format_ == "none" else torch.float16
+        model.weights[name] = converted(name, model.weights[name], mode)
     try:
-        return NativeDecoder(model.config, model.weights, kv_dtype=kv_dtype)
+        return NativeDecoder(model.config, model.weights, kv_dtype=kv_dtype(mode))
     except ToolkitError as error:
         logger.warning("%s", error)
-        return Decoder(model.config, model.weights)
+        return Decoder(model.config, model.weights, kv_dtype=kv_dtype(mode))

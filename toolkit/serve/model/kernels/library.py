@@ -107,7 +107,7 @@ class Team:
 
     def __init__(self, library: Library, threads: int, cpus: Sequence[int] = ()) -> None:
         """`cpus`: where the threads run, the caller's first; empty leaves it to the system."""
-        self.threads, self._library = threads, library
+        self._library, self._handle = library, None
         numbers = (c_int32 * max(1, len(cpus)))(*cpus)
         self._handle = self._library.calls.kernels_open(threads, numbers, len(cpus))
 
