@@ -5,7 +5,8 @@
 solution), linears.py (known solutions), stack.py (all segments), rows.py (what they take),
 inter_op.py (stages),
 schedules.py, site.py, estimate.py and arrange.py (a candidate), space.py, constraints.py and
-frontier.py, bench.py, outer.py (the loop), write.py (the plan), found.py (the result).
+frontier.py, bench.py, trial.py (a ground), outer.py (the loop), write.py (the plan), found.py (the
+result).
 """
 
 from toolkit.plan.search.constraints import Constraints

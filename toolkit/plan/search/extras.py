@@ -193,7 +193,7 @@ class Extras:
             and self._holds(outer, ground)
         ]
         grounds.sort(key=lambda one: outer.bound(one)[0])
-        if not outer.squeezed:
+        if not outer.trials.squeezed:
             for ground in [one for one in grounds if one.mesh.inner == 1][:1]:
                 for parts in _PARTS:
                     self._try(self._sharded(ground, parts, self.subject.blocks, again=True))
@@ -328,7 +328,7 @@ class Extras:
         for ground in space.grounds():
             if ground.mesh.data > 1 and ways is not None and "replicate" not in ways:
                 continue
-            squeezed = self.outer is None or self.outer.squeezed
+            squeezed = self.outer is None or self.outer.trials.squeezed
             if best is not None and squeezed and self.outer is not None:
                 bound_s, _ = self.outer.bound(ground)
                 if bound_s > best.step_s:

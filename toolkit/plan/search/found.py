@@ -119,7 +119,7 @@ def search(
         best=best,
         frontier=members,
         runner_up=others[0] if others else None,
-        considered=extras.considered + (outer.considered if outer else 0),
+        considered=extras.considered + (outer.trials.considered if outer else 0),
         pruned=outer.pruned if outer else 0,
         seconds=time.monotonic() - began,
         complete=not (extras.stopped or (outer is not None and outer.stopped)),
@@ -269,7 +269,7 @@ def _nothing(extras: Extras, limit: float) -> InfeasibleError:
 
 
 def _infeasible(outer: Outer, limit: float) -> InfeasibleError:
-    nearest = outer.nearest
+    nearest = outer.trials.nearest
     if nearest is None:
         return InfeasibleError(
             f"no plan of {outer.subject.model} on {outer.num_ranks} devices of "

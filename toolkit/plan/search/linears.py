@@ -54,7 +54,9 @@ def heads_and_vocabulary(stack: Stack) -> dict[str, Dims] | None:
     """
     graph, degree = stack.graph, stack.axes[0].size
     try:
-        found = program.dims(graph, degree, "a tensor degree of")
+        items = [stack.outline.items[index] for index in stack.outline.representatives.values()]
+        blocks = {item.path for item in items if item.path is not None}
+        found = program.dims(graph, degree, "a tensor degree of", blocks)
     except (InfeasibleError, UsageError):
         return None
     annotations = {op.name: rules.annotation(op, graph) for op in graph.ops}

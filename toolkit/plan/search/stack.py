@@ -62,6 +62,20 @@ class Outline:
         self.items = tuple(items)
         self._graphs: dict[int, OpGraph] = {}
 
+    @cached_property
+    def blocks(self) -> tuple[str, ...]:
+        """The paths of the blocks, in the order they run."""
+        return tuple(item.path for item in self.items if item.path is not None)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The items that a stage may begin with."""
+        blocks = [index for index in range(len(self.items)) if self.is_block(index)]
+        return (0, *blocks[1:])
+
+    def is_block(self, index: int) -> bool:
+        return self.items[index].path is not None
+
     def graph(self, num_samples: int) -> OpGraph:
         """Return the graph of one microbatch."""
         if num_samples not in self._graphs:
@@ -123,6 +137,7 @@ class Stack:
         self._costs: dict[tuple[int, str, int], Cost] = {}
         self._parts: dict[tuple[int, str], Parts] = {}
         self._layouts: dict[object, Layouts] = {}
+        self._sizes: dict[int, tuple[Layouts, dict[str, int]]] = {}
 
     def _segment(self, index: int, may_split: MaySplit | None) -> Segment:
         item = self.outline.items[index]
@@ -250,6 +265,11 @@ class Stack:
 
     def sizes(self, layouts: Layouts) -> dict[str, int]:
         """Return the bytes one rank has of every tensor that depends on a parameter, as made."""
+        if id(layouts) not in self._sizes:
+            self._sizes[id(layouts)] = layouts, self._sized(layouts)
+        return self._sizes[id(layouts)][1]
+
+    def _sized(self, layouts: Layouts) -> dict[str, int]:
         found: dict[str, int] = {}
         for kind, chosen in layouts.chosen.items():
             own = self.segments[kind].ops

@@ -1,0 +1,188 @@
+"""Trials of one ground: for layouts of its operators, every schedule, way of parameters and
+recomputation that constraints allow is cut into stages and estimated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+from toolkit.plan.plan import DATA_WAYS, How
+from toolkit.plan.search import schedules
+from toolkit.plan.search.arrange import Arranger, Recompute
+from toolkit.plan.search.bench import LEAN, REGIONS, SEARCHED, TOKENS, Bench
+from toolkit.plan.search.frontier import Candidate, Frontier, Unfit
+from toolkit.plan.search.site import Mesh, Site
+from toolkit.plan.search.space import Ground
+from toolkit.plan.search.stack import Layouts, Stack
+
+
+class Split(NamedTuple):
+    """How operators are split, the layouts that say so, and of what."""
+
+    name: str
+    layouts: Layouts
+    stack: Stack
+
+
+class _Trial(NamedTuple):
+    """What a ground is tried with."""
+
+    ground: Ground
+    split: Split
+    arranger: Arranger
+    mode: Recompute
+
+
+@dataclass
+class Trials:
+    """Tries candidates, and keeps those that nothing beats within `limit_bytes`."""
+
+    bench: Bench
+    limit_bytes: float
+    frontier: Frontier = field(default_factory=Frontier)
+    considered: int = 0
+    squeezed: bool = False  # memory made something slower, or ruled it out
+    nearest: Unfit | None = None
+
+    def __post_init__(self) -> None:
+        self.constraints = self.bench.constraints
+        self.outline = self.bench.outline
+
+    def families(self, mesh: Mesh, microbatches: int) -> list[str]:
+        """Return the schedules that constraints and counts allow."""
+        wanted = self.constraints.schedules or schedules.SEARCHED
+        if mesh.pipeline == 1:
+            return ["1f1b"]
+        return [
+            family
+            for family in wanted
+            if schedules.num_chunks(family) * mesh.pipeline <= len(self.outline.blocks)
+            and not schedules.possible(family, mesh.pipeline, microbatches)
+        ]
+
+    def ways(self, mesh: Mesh) -> list[How]:
+        """Return the ways of parameters over the data axis, the most sharded last."""
+        if mesh.data == 1:
+            return ["replicate"]
+        wanted = self.constraints.parameters
+        return [way for way in DATA_WAYS if wanted is None or way in wanted]
+
+    def look_at(self, ground: Ground, splits: Iterable[Split], far: float = 1.0) -> bool:
+        """Try a ground with operators split in these ways, where that may take at most `far` times
+        the best; return whether all fit.
+        """
+        bench = self.bench
+        site = Site(bench.subject, bench.cluster, ground.mesh, bench.calibration)
+        fit = True
+        for split in splits:
+            estimator = bench.estimator(site, split.stack, split.layouts, ground)
+            arranger = Arranger(estimator, self.outline.starts)
+            for mode in self._modes:
+                fit &= self._every(_Trial(ground, split, arranger, mode), far)
+        return fit
+
+    @cached_property
+    def _modes(self) -> list[Recompute]:
+        allowed = self.constraints.recompute or ["needed", "all"]
+        modes: list[Recompute] = []
+        for mode in allowed:
+            if mode == "none" and "needed" not in allowed:
+                modes.append("none")
+            elif mode == "needed":
+                modes.append("needed")
+            elif mode == "all":
+                modes.append("all")
+        return modes
+
+    def _every(self, trial: _Trial, far: float) -> bool:
+        """Try every schedule and way of parameters; return whether all fit."""
+        ground = trial.ground
+        fit = True
+        works = trial.arranger.estimator.rows[0].works
+        for family in self.families(ground.mesh, ground.microbatches):
+            if not self._runs(trial.split.name, ground.mesh, schedules.splits_backward(family)):
+                continue
+            best = self.frontier.best
+            bound_s = schedules.bound_s(family, ground.mesh.pipeline, ground.microbatches, *works)
+            if best is not None and bound_s > far * best.step_s:
+                continue
+            ways = self.ways(ground.mesh)
+            if self.constraints.runnable and self._by_program(trial.split.name, ground.mesh):
+                ways = [way for way in ways if way == "replicate"]
+            # With all recomputed it is memory that counts: where it is sharded the most.
+            for way in ways[-2:] if trial.mode == "all" else ways:
+                fit &= self._candidate(trial, family, way)
+        return fit
+
+    def _by_program(self, split: str, mesh: Mesh) -> bool:
+        """Whether the own executor runs this (lower/ladder.py): operators split one by one, or
+        stages that several ranks split.
+        """
+        return split in (SEARCHED, LEAN, REGIONS) or (mesh.inner > 1 and mesh.pipeline > 1)
+
+    def _runs(self, split: str, mesh: Mesh, halves: bool) -> bool:
+        """Whether some rung runs this: the own executor has whole backwards alone, and tokens
+        are split by the native one.
+        """
+        if not self.constraints.runnable:
+            return True
+        return not self._by_program(split, mesh) or not (halves or split == TOKENS)
+
+    def _candidate(self, trial: _Trial, family: str, way: How) -> bool:
+        """Arrange and estimate one candidate; return whether it fits."""
+        self.considered += 1
+        limit = self.limit_bytes
+        for _ in range(3):
+            candidate = self._estimated(trial, family, way, trial.mode, limit)
+            if candidate is None:
+                break
+            self.squeezed |= trial.mode == "needed" and candidate.recomputed > 0
+            if self._fits(candidate, trial.arranger.estimator.site):
+                self.frontier.add(candidate)
+                return True
+            # The bounds inside were not tight enough: aim lower by as much as it was over.
+            limit *= min(0.98, self.limit_bytes / candidate.peak_bytes)
+        self.squeezed = True
+        if self.frontier.best is None:
+            self._note_unfit(trial, family, way)
+        return False
+
+    def _estimated(
+        self, trial: _Trial, family: str, way: How, mode: Recompute, limit: float
+    ) -> Candidate | None:
+        """Return the best stages for a limit, estimated; None where nothing stays within it."""
+        ground, split, arranger = trial.ground, trial.split, trial.arranger
+        found = arranger.arrange(
+            family=family, microbatches=ground.microbatches, parameters=way, recompute=mode,
+            limit=limit,
+        )  # fmt: skip
+        if found is None:
+            return None
+        estimate = arranger.estimator.estimate(
+            found.stretches, found.positions,
+            family=family, microbatches=ground.microbatches, zero=way,
+        )  # fmt: skip
+        again = (i for s in found.stretches for i in range(s.begin, s.again))
+        return Candidate(
+            ground.mesh, ground.num_samples, ground.microbatches, family, way, split.name,
+            sum(self.outline.is_block(i) for i in again), found.stretches, found.positions,
+            estimate, split.stack, split.layouts,
+        )  # fmt: skip
+
+    def _fits(self, candidate: Candidate, site: Site) -> bool:
+        return all(
+            sum(sizes.values()) <= min(self.limit_bytes, site.classes[position].memory_bytes)
+            for position, sizes in enumerate(candidate.estimate.memory)
+        )
+
+    def _note_unfit(self, trial: _Trial, family: str, way: How) -> None:
+        """Remember by how much the nearest candidate misses the limit."""
+        candidate = self._estimated(trial, family, way, "all", float("inf"))
+        if candidate is None:
+            return
+        unfit = Unfit(candidate, self.limit_bytes)
+        if self.nearest is None or unfit.over_bytes < self.nearest.over_bytes:
+            self.nearest = unfit
