@@ -47,6 +47,8 @@ class Segment:
     num_samples: int
     loops: Mapping[str, str] = field(default_factory=dict)
     may_split: Callable[[str, str, AxisName], bool] | None = None
+    whole_weights: bool = False
+    num_forwards: int = 1  # in as many passes it runs forward, in one back
     _ways: dict[str, tuple[Way, ...]] = field(default_factory=dict, repr=False)
     _options: dict[object, Option] = field(default_factory=dict, repr=False)
     _sides: dict[object, Side] = field(default_factory=dict, repr=False)
@@ -74,7 +76,8 @@ class Segment:
             inplace = any("@" in name for name in op.outputs)
 
             def allowed(name: str, axis: AxisName) -> bool:
-                if inplace or (axis == "context" and name in weights):
+                whole = self.whole_weights or axis == "context"
+                if inplace or (whole and name in weights):
                     return False
                 if found.sizes[name] == self.num_samples and self._leads(op, name):
                     return False

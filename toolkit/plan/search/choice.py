@@ -71,11 +71,11 @@ class Weights:
 class Cost:
     """What a segment takes on one rank, for one microbatch unless said otherwise.
 
-    `again_s` is what recomputing it adds to the backward, `weight_s` the part of the backward
-    that makes gradients of weights, `sync_s` (a step) what reducing gradients of weights over the
-    axes takes. Bytes are local: `entering_bytes` are what recomputation keeps, `temporary_bytes`
-    what the fullest operator takes beyond what is saved, `owed_bytes` what the input's half of
-    backward leaves to the other.
+    `again_s` is what recomputing it adds to the backward, `earlier_s` the part of forward in passes
+    before the last, `weight_s` the part of the backward that makes gradients of weights, `sync_s`
+    (a step) what reducing gradients of weights over the axes takes. Bytes are local:
+    `entering_bytes` are what recomputation keeps, `temporary_bytes` what the fullest operator takes
+    beyond what is saved, `owed_bytes` what the input's half of backward leaves to the other.
     """
 
     forward_s: float
@@ -88,6 +88,7 @@ class Cost:
     temporary_bytes: int
     owed_bytes: int
     parameters: Mapping[str, Tensor]  # as they are on this rank
+    earlier_s: float = 0.0
 
 
 @dataclass

@@ -10,7 +10,7 @@ from toolkit.cost.calibration import Calibration
 from toolkit.errors import InfeasibleError, UsageError
 from toolkit.hardware import Cluster
 from toolkit.hardware.scaled import scaled
-from toolkit.plan import chain, predict
+from toolkit.plan import chain, predict, recycling
 from toolkit.plan.library import megatron, sequence_parallel
 from toolkit.plan.plan import Placement, Plan
 from toolkit.plan.search import write
@@ -90,7 +90,7 @@ def search(
     deadline = began + limit_s
     rules = constraints or Constraints()
     outer = None
-    if _runs_once(subject):
+    if _can_lay_out(subject):
         outer = Outer(
             subject=subject,
             cluster=cluster,
@@ -128,10 +128,19 @@ def search(
     )
 
 
-def _runs_once(subject: Subject) -> bool:
-    """Whether the search can lay out the model: no block runs twice."""
-    paths = [one.path for one in chain.segments(subject.graph) if one.path is not None]
-    return len(paths) == len(set(paths))
+def _can_lay_out(subject: Subject) -> bool:
+    """Whether the search can lay out the model: its blocks run once, or several times of which only
+    the last has gradients.
+    """
+    segments = chain.segments(subject.graph)
+    paths = [one.path for one in segments if one.path is not None]
+    if not paths or len(paths) == len(set(paths)):
+        return True
+    last = recycling.repeats(segments)
+    if last == tuple(range(len(segments))):
+        return False
+    learns = recycling.learns(subject.graph, len(paths) // len(set(paths)))
+    return learns[-1] and not any(learns[:-1])
 
 
 def _best(

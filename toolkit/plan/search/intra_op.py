@@ -12,6 +12,7 @@ two nodes' choices linearised per edge as in Alpa (Zheng et al., arXiv 2201.1202
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -208,19 +209,24 @@ class Problem:
         for i, j in self.merged[1]:
             near[i].add(j)
             near[j].add(i)
+
+        def table(node: int) -> int:
+            return math.prod(self._sizes[i] for i in near[node]) * self._sizes[node]
+
+        waiting = [(table(node), node) for node in near]
+        heapq.heapify(waiting)
         order = []
         while near:
-
-            def table(node: int) -> int:
-                return math.prod(self._sizes[i] for i in near[node]) * self._sizes[node]
-
-            node = min(near, key=lambda i: (table(i), i))
-            if table(node) > _LARGEST_TABLE:
+            size, node = heapq.heappop(waiting)
+            if node not in near or size != table(node):
+                continue  # done, or its neighbours have changed since
+            if size > _LARGEST_TABLE:
                 return None
             others = near.pop(node)
             for i in others:
                 near[i] |= others - {i}
                 near[i].discard(node)
+                heapq.heappush(waiting, (table(i), i))
             order.append(node)
         return order
 

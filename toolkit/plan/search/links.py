@@ -82,7 +82,7 @@ class Links:
 
     def _operator(self, op: Op, chosen: tuple[Way, ...]) -> None:
         weights = self.weights
-        times = 2 if weights.recompute else 1
+        times = self.segment.num_forwards + (1 if weights.recompute else 0)
         seconds, memory = [], []
         for way in chosen:
             one = self.segment.option(op, way)
@@ -142,7 +142,7 @@ class Links:
         return _Ends(node, self.segment.made(op, place, self.ways[node]))
 
     def _link(self, first: _Ends, second: _Ends, name: str, *, again: bool) -> None:
-        times = 2 if again and self.weights.recompute else 1
+        times = self.segment.num_forwards + (1 if again and self.weights.recompute else 0)
         forward, back = self._matrices(name, first.side, second.side)
         seconds = times * forward + back
         if first.node is not None and second.node is not None:

@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from toolkit.cost.calibration import Calibration
@@ -28,7 +29,7 @@ from toolkit.plan.search.choice import Weights
 from toolkit.plan.search.constraints import Constraints
 from toolkit.plan.search.frontier import Frontier
 from toolkit.plan.search.rows import Rows
-from toolkit.plan.search.space import MOST_SAMPLES, Ground, Space, divisors
+from toolkit.plan.search.space import Ground, Space
 from toolkit.plan.search.stack import Layouts
 from toolkit.plan.search.trial import Split, Trials
 from toolkit.plan.subject import Subject
@@ -81,6 +82,7 @@ class Outer:
         self.space = Space(
             self.cluster, self.num_ranks, self.subject.batch, len(self.outline.blocks),
             self.constraints,
+            **({"most_context": self.num_ranks} if self.outline.num_passes > 1 else {}),
         )  # fmt: skip
         devices = (self.cluster.device(rank) for rank in range(self.num_ranks))
         self._most_bytes = min(self.limit_bytes, max(one.memory_bytes for one in devices))
@@ -98,13 +100,13 @@ class Outer:
             for ground in self.space.grounds()
             if self._worth(ground)
         )
+        self.pruned += sum(1 for _ in self.space.grounds()) - len(grounds)
         if not grounds:
             raise InfeasibleError(
                 f"no plan of {self.subject.model} for {self.num_ranks} devices of "
                 f"{self.cluster.name}: {self.space.why_empty()}",
                 remedy="change the batch, the number of ranks, or the constraints",
             )
-        least = min(grounds, key=lambda one: one.least_bytes)
         possible = [one for one in grounds if one.least_bytes <= self._most_bytes]
         self.pruned += len(grounds) - len(possible)
         tight: list[_Waiting] = []
@@ -112,8 +114,11 @@ class Outer:
         self._known(possible)
         self._searched(possible, tight, slower)
         self._leaner(tight)
-        if not self.trials.considered:
-            self.look_at(least.ground)
+        # Where nothing can fit, what is nearest to it is told.
+        for one in sorted(grounds, key=lambda one: one.least_bytes):
+            if self.trials.considered:
+                break
+            self.look_at(one.ground)
         # What cannot be faster may hold less: the frontier's other end.
         for ground in slower[:_SLOWER]:
             if self._out_of_time():
@@ -183,18 +188,37 @@ class Outer:
         return one.bound_s > min(than_s, best.step_s if best is not None else math.inf)
 
     def _worth(self, ground: Ground) -> bool:
-        """Whether a pipeline could gain by microbatches this large: of more than fill a device,
-        fewer only make the bubble larger.
+        """Whether microbatches this large may fit, and a pipeline could gain by them: of more than
+        fill a device, fewer only make the bubble larger.
         """
         mesh = ground.mesh
+        if ground.num_samples > max(self._sizes):
+            return False
         if mesh.pipeline == 1 or self.constraints.microbatch_size or self.constraints.microbatches:
             return True
         share = self.subject.batch // mesh.data
-        sizes = [size for size in divisors(share) if size <= MOST_SAMPLES]
+        sizes = [size for size in self._sizes if share % size == 0]
         per_sample = {size: sum(self.bench.base_rows(size).works[:2]) / size for size in sizes}
         least = min(per_sample.values())
         enough = min(size for size in sizes if per_sample[size] <= _FILLED * least)
         return ground.num_samples <= enough * max(1, mesh.inner // 4)
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """Samples of a microbatch, from the smallest up to where no item fits any more."""
+        grounds = list(self.space.grounds())
+        inner = max((ground.mesh.inner for ground in grounds), default=1)
+        found: list[int] = []
+        for size in sorted({ground.num_samples for ground in grounds}):
+            if found and self._fullest(size) > inner * self._most_bytes:
+                break
+            found.append(size)
+        return found
+
+    def _fullest(self, num_samples: int) -> float:
+        """What the fullest operator of a microbatch has around it, run again or not."""
+        rows = self.bench.base_rows(num_samples)
+        return float((rows.saved + rows.temporary).max())
 
     def _out_of_time(self) -> bool:
         # Something is looked at however little time there is.
@@ -210,7 +234,8 @@ class Outer:
 
     def bound(self, ground: Ground) -> tuple[float, float]:
         """No plan on this ground is faster, or holds less: its work without any communication,
-        spread evenly, with the pipeline's filling; its parameters, spread as far as may be.
+        spread evenly, with the pipeline's filling; its parameters, spread as far as may be, and
+        what passes through the fullest operator.
         """
         rows = self.bench.base_rows(ground.num_samples)
         mesh = ground.mesh
@@ -218,7 +243,8 @@ class Outer:
             held_factor(w, mesh.data) for w in self.trials.ways(mesh)
         )
         bound_s = self._spread_s(ground, rows, mesh.inner)
-        return bound_s, held / (mesh.pipeline * mesh.tensor)
+        passing = self._fullest(ground.num_samples) / mesh.inner
+        return bound_s, held / (mesh.pipeline * mesh.tensor) + passing
 
     def _laid_out_s(self, ground: Ground, layouts: Layouts) -> float:
         """The same of operators laid out, with what moving their tensors takes."""

@@ -4,7 +4,7 @@ recomputation that constraints allow is cut into stages and estimated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from toolkit.plan.plan import DATA_WAYS, How
 from toolkit.plan.search import schedules
 from toolkit.plan.search.arrange import Arranger, Recompute
-from toolkit.plan.search.bench import LEAN, REGIONS, SEARCHED, TOKENS, Bench
+from toolkit.plan.search.bench import HEADS, LEAN, REGIONS, SEARCHED, TOKENS, Bench
 from toolkit.plan.search.frontier import Candidate, Frontier, Unfit
 from toolkit.plan.search.site import Mesh, Site
 from toolkit.plan.search.space import Ground
@@ -53,15 +53,26 @@ class Trials:
 
     def families(self, mesh: Mesh, microbatches: int) -> list[str]:
         """Return the schedules that constraints and counts allow."""
-        wanted = self.constraints.schedules or schedules.SEARCHED
         if mesh.pipeline == 1:
             return ["1f1b"]
+        wanted: Sequence[str] = self.constraints.schedules or schedules.SEARCHED
+        if self.outline.num_passes > 1:
+            wanted = [schedules.RECYCLED] if self._recycles else []
         return [
             family
             for family in wanted
             if schedules.num_chunks(family) * mesh.pipeline <= len(self.outline.blocks)
             and not schedules.possible(family, mesh.pipeline, microbatches)
         ]
+
+    @cached_property
+    def _recycles(self) -> bool:
+        """Whether a pipeline of several passes is allowed, and known to the search."""
+        wanted, plans = self.constraints.schedules, self.constraints.plans
+        named = schedules.RECYCLED in (plans or ())
+        return self.outline.num_passes == schedules.PASSES and (
+            named or (wanted is None and plans is None)
+        )
 
     def ways(self, mesh: Mesh) -> list[How]:
         """Return the ways of parameters over the data axis, the most sharded last."""
@@ -79,10 +90,22 @@ class Trials:
         fit = True
         for split in splits:
             estimator = bench.estimator(site, split.stack, split.layouts, ground)
-            arranger = Arranger(estimator, self.outline.starts)
+            arranger = Arranger(estimator, self.outline.starts, self.constraints.equal_stages)
             for mode in self._modes:
                 fit &= self._every(_Trial(ground, split, arranger, mode), far)
         return fit
+
+    def free_s(self, ground: Ground, split: Split) -> float:
+        """Return the seconds of a 1F1B step if memory were no limit: nothing is run again, and
+        parameters are whole.
+        """
+        bench = self.bench
+        site = Site(bench.subject, bench.cluster, ground.mesh, bench.calibration)
+        estimator = bench.estimator(site, split.stack, split.layouts, ground)
+        arranger = Arranger(estimator, self.outline.starts)
+        trial = _Trial(ground, split, arranger, "none")
+        found = self._estimated(trial, "1f1b", "replicate", "none", float("inf"))
+        return float("inf") if found is None else found.step_s
 
     @cached_property
     def _modes(self) -> list[Recompute]:
@@ -121,7 +144,11 @@ class Trials:
         """Whether the own executor runs this (lower/ladder.py): operators split one by one, or
         stages that several ranks split.
         """
-        return split in (SEARCHED, LEAN, REGIONS) or (mesh.inner > 1 and mesh.pipeline > 1)
+        return (
+            split in (SEARCHED, LEAN, HEADS, REGIONS)
+            or (mesh.inner > 1 and mesh.pipeline > 1)
+            or self.outline.num_passes > 1
+        )
 
     def _runs(self, split: str, mesh: Mesh, halves: bool) -> bool:
         """Whether some rung runs this: the own executor has whole backwards alone, and tokens
