@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -11,6 +12,8 @@ from torch import nn
 
 from toolkit import ir, models
 from toolkit.ir import expand, repeat
+from toolkit.models import zoo
+from toolkit.models.model import Stack
 
 
 @contextlib.contextmanager
@@ -55,6 +58,19 @@ def test_the_zoos_graphs_are_those_of_a_full_trace(name, expected, copies, monke
     assert list(once.tensors) == list(full.tensors)
 
 
+@pytest.mark.parametrize(
+    "name", ["gpt-tiny", pytest.param("evoformer-tiny", marks=pytest.mark.slow)]
+)
+def test_a_stack_traced_shallow_and_deepened_is_the_one_traced_whole(name):
+    """With sizes that vary, and (Evoformer) run several times, at other sizes too."""
+    stack = Stack("blocks", 6, lambda num_blocks: zoo.find(name, num_layers=num_blocks))
+    whole = ir.trace_model(replace(zoo.find(name, num_layers=6), stack=None))
+    deepened = ir.trace_model(replace(zoo.find(name, num_layers=6), stack=stack))
+    assert deepened == whole
+    assert list(deepened.tensors) == list(whole.tensors)
+    assert deepened.at(batch=3).digest == whole.at(batch=3).digest
+
+
 class Layer(nn.Module):
     def __init__(self, width: int = 4) -> None:
         super().__init__()
@@ -66,7 +82,7 @@ class Layer(nn.Module):
         return x + (y if mask is None else y * mask)
 
 
-class Stack(nn.Module):
+class Layers(nn.Module):
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
@@ -87,13 +103,13 @@ def _same(module, monkeypatch, *inputs) -> ir.OpGraph:
 
 def test_equal_layers_are_copied(copies, monkeypatch):
     x = torch.zeros(2, 4, requires_grad=True)
-    graph = _same(Stack(*(Layer() for _ in range(5))), monkeypatch, x)
+    graph = _same(Layers(*(Layer() for _ in range(5))), monkeypatch, x)
     assert copies == ["layers.1", "layers.2", "layers.3", "layers.4"]
     assert graph.blocks()[0].num_instances == 5
 
 
 def test_the_module_is_left_as_it_was(monkeypatch):
-    stack, forward = Stack(Layer(), Layer()), Layer.forward
+    stack, forward = Layers(Layer(), Layer()), Layer.forward
     _same(stack, monkeypatch, torch.zeros(2, 4))
     assert Layer.forward is forward
     assert stack(torch.ones(2, 4)).shape == (2, 4)
@@ -109,13 +125,13 @@ def test_layers_that_differ_are_not(copies, monkeypatch):
     hooked = Layer()
     hooked.register_forward_hook(lambda module, args, output: output * 2)
     layers = [Layer(), odd, frozen, evaluating, labelled, hooked, Layer()]
-    graph = _same(Stack(*layers), monkeypatch, torch.zeros(2, 4, requires_grad=True))
+    graph = _same(Layers(*layers), monkeypatch, torch.zeros(2, 4, requires_grad=True))
     assert copies == ["layers.6"]
     assert sum(op.kind == "aten.mul" for op in graph.ops) == 8
 
 
 def test_calls_that_differ_are_not(copies, monkeypatch):
-    class Model(Stack):
+    class Model(Layers):
         def forward(self, x):
             a, b, c, d = self.layers
             with torch.no_grad():
@@ -140,7 +156,7 @@ def test_shared_weights_and_outside_tensors_stay_shared(copies, monkeypatch):
         def forward(self, x, scale):
             return self.shared(super().forward(x)) * scale
 
-    class Model(Stack):
+    class Model(Layers):
         def __init__(self, *layers: nn.Module) -> None:
             super().__init__(*layers)
             self.scale = nn.Parameter(torch.ones(4))
@@ -181,7 +197,7 @@ class _Reading(Layer):
 
 @pytest.mark.parametrize("kind", [_Counting, _InPlace, _Reading])
 def test_blocks_that_cannot_be_copied_are_traced_in_full(kind, monkeypatch):
-    class Model(Stack):
+    class Model(Layers):
         def forward(self, x):
             _Reading.outside.append(x * 3)
             for layer in self.layers:
@@ -200,7 +216,7 @@ def test_several_outputs_and_plain_ones(copies, monkeypatch):
             y = super().forward(x)
             return {"y": y, "none": None, "parts": (y[:, :2], 3)}
 
-    class Model(Stack):
+    class Model(Layers):
         def forward(self, x):
             for layer in self.layers:
                 found = layer(x)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import time
 
 import pytest
 
@@ -41,10 +41,12 @@ def eight():
     return find_cluster("h100x8")
 
 
-def outer(traced, cluster, limit=math.inf, **wanted) -> Outer:
+def outer(traced, cluster, limit=math.inf, looks=math.inf, **wanted) -> Outer:
+    """A search that ends after so many looks at its clock, one for each ground it takes up."""
+    count = itertools.count()
     return Outer(
         traced, cluster, cluster.num_devices, limit, Constraints(**wanted), None,
-        time.monotonic() + 1e6, lambda _doing, _best: None,
+        looks, lambda _doing, _best: None, clock=lambda: float(next(count)),
     )  # fmt: skip
 
 
@@ -97,6 +99,44 @@ def test_pruning_loses_nothing(gpt, eight) -> None:
         every.look_at(ground, math.inf)
     best_s = every.frontier.best.step_s
     assert pruned.frontier.best.step_s == pytest.approx(best_s, rel=1e-9)
+
+
+# Spaces as recipes/bench/plan_superscaler.py has them, and the one that holds them all.
+SUB_SPACES = {
+    "zero": {
+        "pipeline": 1, "context": 1, "splits": ["regions"],
+        "parameters": ["shard_optimizer", "shard_gradients", "shard"],
+    },
+    "megatron": {
+        "context": 1, "splits": ["regions"], "schedules": ["1f1b", "interleaved"],
+        "parameters": ["replicate", "shard_optimizer"],
+    },
+    "alpa": {"splits": ["searched"], "schedules": ["1f1b"], "parameters": ["replicate"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("space", SUB_SPACES)
+def test_the_whole_space_is_no_worse_than_a_smaller_one_that_had_as_long(gpt, eight, space) -> None:
+    """Known splits of all grounds come first: as many looks as there are of those, and what the
+    smaller space took, are enough.
+    """
+    limit = 130 * MIB
+    smaller = outer(gpt, eight, limit, runnable=False, **SUB_SPACES[space])
+    smaller.run()
+    whole = {"splits": ["regions", "searched"], "runnable": False}
+    num_known = len(list(outer(gpt, eight, limit, **whole).space.grounds()))
+    looks = num_known if space != "alpa" else num_known + smaller.clock()
+    larger = outer(gpt, eight, limit, looks=looks, **whole)
+    larger.run()
+    assert larger.frontier.best.step_s <= smaller.frontier.best.step_s * (1 + 1e-9)
+
+
+def test_stages_may_have_to_be_equal(gpt, eight) -> None:
+    wanted = {"pipeline": 4, "data": 2, "schedules": ["1f1b"], "parameters": ["replicate"]}
+    found = search(gpt, eight, constraints=Constraints(**wanted, equal_stages=True))
+    assert [len(stage.blocks) for stage in found.plan.stages] == [2, 2, 2, 2]
+    free = search(gpt, eight, constraints=Constraints(**wanted))
+    assert free.best.step_s <= found.best.step_s
 
 
 def test_less_memory_costs_time_and_is_obeyed(gpt, eight) -> None:

@@ -4,12 +4,16 @@ constraints say so.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from toolkit.errors import InfeasibleError, UsageError
 from toolkit.hardware import find_cluster
 from toolkit.plan import check, predict, subject
 from toolkit.plan.search import Constraints, search
+from toolkit.plan.search.found import written
+from toolkit.plan.search.outer import Outer
 
 
 @pytest.fixture(scope="module")
@@ -71,20 +75,46 @@ def test_a_large_vocabulary_is_interlaced(load) -> None:
         )  # fmt: skip
 
 
-def test_models_that_run_blocks_several_times_are_planned() -> None:
-    traced = subject.load("evoformer-tiny", batch=8)
+@pytest.fixture(scope="module")
+def evoformer():
+    return subject.load("evoformer-tiny", batch=8)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"pipeline": 2, "data": 2, "microbatches": 4},
+        {"data": 4, "microbatches": 2},
+        {"tensor": 2, "pipeline": 2, "splits": ["heads"], "microbatches": 4},
+    ],
+)
+def test_passes_without_gradients_are_estimated_as_predicted(evoformer, wanted) -> None:
+    """3F1B, and one stage that runs its blocks three times, with all recomputed and nothing."""
+    cluster = find_cluster("v100x4")
+    rules = Constraints(**wanted, recompute=["none", "all"], parameters=["replicate"])
+    doing = Outer(
+        evoformer, cluster, 4, math.inf, rules, None, math.inf, lambda _doing, _best: None
+    )
+    doing.run()
+    assert doing.frontier.members
+    for candidate in doing.frontier.members:
+        plan = written(candidate, doing)
+        check.check(plan)
+        assert candidate.step_s == pytest.approx(plan.prediction.step_s, rel=0.06)
+        assert candidate.peak_bytes == pytest.approx(plan.prediction.peak_bytes, rel=0.3)
+
+
+def test_models_that_run_blocks_several_times_are_planned(evoformer) -> None:
+    traced = evoformer
     cluster = find_cluster("cpux2")
     found = search(traced, cluster)
     check.check(found.plan)
-    strategies = {one.description.partition(":")[0] for one in found.frontier}
-    assert "3f1b" in strategies
+    assert any("3f1b" in one.description for one in found.frontier)
     steps = [one.step_s for one in found.frontier]
-    assert found.plan.prediction.step_s == min(steps)
+    assert found.plan.prediction.step_s == pytest.approx(min(steps), rel=0.1)
     piped = search(traced, cluster, constraints=Constraints(pipeline=2))
-    assert piped.plan.strategy == "3f1b"
+    assert piped.plan.schedule == "3f1b"
     assert sum(stage.no_grad for stage in piped.plan.stages) == 4
-    with pytest.raises(InfeasibleError, match="several times"):
-        search(traced, cluster, constraints=Constraints(plans=[]))
     with pytest.raises(InfeasibleError, match="nearest"):
         search(traced, cluster, memory_limit_bytes=1000)
 
@@ -108,6 +138,16 @@ def test_a_named_way_to_split_is_kept_to() -> None:
     assert found.best.split == "heads, features and vocabulary"
     assert any("attention" in name for name in split)
     assert any("embedding" in name for name in split)
+
+
+def test_heads_are_split_without_the_vocabulary() -> None:
+    traced = subject.load("t5-tiny", batch=4)
+    wanted = Constraints(tensor=2, splits=["heads"], plans=[], microbatches=4)
+    split = {
+        one.ops for one in search(traced, find_cluster("v100x2"), constraints=wanted).plan.splits
+    }
+    assert any("attention" in name for name in split)
+    assert not any("embedding" in name for name in split)
 
 
 def test_unknown_plans_are_an_error() -> None:

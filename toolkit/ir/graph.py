@@ -251,6 +251,10 @@ class OpGraph:
 
     def blocks(self) -> tuple[Block, ...]:
         """Return the repeated blocks, each unique one with all its instances."""
+        return self._blocks
+
+    @cached_property
+    def _blocks(self) -> tuple[Block, ...]:
         from toolkit.ir import fold
 
         return fold.blocks(self)

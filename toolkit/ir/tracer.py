@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from toolkit import log
 from toolkit.errors import ToolkitError
-from toolkit.ir import attention, capture, formulas, nodes, storage, symbols
+from toolkit.ir import attention, capture, deepen, formulas, nodes, storage, symbols
 from toolkit.ir.capture import Axes, Captured
 from toolkit.ir.expand import CannotRepeatError, Parts, Repeats, differentiable
 from toolkit.ir.graph import Argument, Constant, Op, OpGraph, Ref, Tensor
@@ -85,6 +85,11 @@ def trace_model(
     With `targets` the graph ends in the training loss where the model has one, else in its
     outputs. The sizes named in `model.sizes` are what `graph.at` can vary, where export allows.
     """
+    stack = model.stack
+    if stack is not None and stack.num_blocks > deepen.SHALLOW:
+        shallow = stack.shallow(deepen.SHALLOW)
+        graph = trace_model(shallow, dtype=dtype, training=training, targets=targets, **sizes)
+        return deepen.deepen(graph, stack.path, stack.num_blocks, name=model.name)
     wanted = {**model.sizes, **sizes}
     # Export fixes a size of 1: trace at 2 and evaluate at 1.
     traced = {size: max(value, 2) for size, value in wanted.items()}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from toolkit.models.inputs import Example, random_ids
 
 FAMILY = "evoformer"
+STACK = "blocks"
 
 _VOCAB_SIZE = 23  # 20 amino acids, unknown, gap, mask
 _NUM_BINS = 64  # of distance (supplement 1.9.8)

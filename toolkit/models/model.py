@@ -25,6 +25,17 @@ def count_parameters(module: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A list of equal blocks that a model runs through in order: each reads of the others only the
+    one before, and what comes after reads the last. `shallow(n)` is the same model with n of them.
+    """
+
+    path: str
+    num_blocks: int
+    shallow: Callable[[int], Model]
+
+
+@dataclass(frozen=True)
 class Model:
     """What `load` returns. Nothing is built, and no memory taken, until `build` is called.
 
@@ -41,6 +52,7 @@ class Model:
     builder: Builder = field(repr=False)
     inputs: Inputs = field(repr=False)
     counter: Callable[[], int] | None = field(default=None, repr=False)  # a quicker count
+    stack: Stack | None = field(default=None, repr=False)  # where most of its depth is
 
     def build(
         self,

@@ -11,9 +11,10 @@ from torch import nn
 from toolkit.errors import unknown_name
 from toolkit.models import evoformer, gpt, llama, swin, t5
 from toolkit.models.init import initialise, materialise
-from toolkit.models.model import Model, count_parameters
+from toolkit.models.model import Model, Stack, count_parameters
 
-# A family is a file with FAMILY, CONFIGS, build(config) and inputs(config, sizes, ...).
+# A family is a file with FAMILY, CONFIGS, build(config) and inputs(config, sizes, ...), and STACK,
+# the path of its blocks, where tracing all of them takes long (see model.Stack).
 FAMILIES = (gpt, llama, swin, evoformer, t5)
 
 
@@ -65,6 +66,18 @@ def _model(name: str, family: Any, config: Any, changes: dict[str, Any]) -> Mode
             config, sizes, device=device, dtype=dtype, seed=seed, targets=targets
         ),
         counter=counter,
+        stack=_stack(name, family, config),
+    )
+
+
+def _stack(name: str, family: Any, config: Any) -> Stack | None:
+    path = getattr(family, "STACK", None)
+    if path is None:
+        return None
+    return Stack(
+        path,
+        config.num_layers,
+        lambda num_blocks: _model(name, family, config, {"num_layers": num_blocks}),
     )
 
 

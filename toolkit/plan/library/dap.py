@@ -19,8 +19,7 @@ from toolkit.errors import InfeasibleError
 from toolkit.hardware import Cluster
 from toolkit.ir.dims import Annotation
 from toolkit.ir.graph import Op, OpGraph
-from toolkit.plan import chain
-from toolkit.plan.library.three_f_one_b import blocks_by_pass
+from toolkit.plan import chain, recycling
 from toolkit.plan.order import simple
 from toolkit.plan.plan import Axis, Placement, Plan, Split, Stage
 from toolkit.plan.program import pattern, rules
@@ -55,7 +54,7 @@ def plan(
     data = size // degree
     count = microbatches or 1
     micro = subject.graph.at(batch=subject.divided(data, count))
-    blocks = blocks_by_pass(micro)[0]
+    blocks = recycling.blocks_by_pass(micro)[0]
     return Plan(
         strategy="dap",
         provenance=subject.provenance(cluster),

@@ -9,7 +9,6 @@ goes forward through all stages several times, only the last time with gradients
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 from toolkit.cost import roofline
@@ -17,7 +16,7 @@ from toolkit.errors import InfeasibleError
 from toolkit.hardware import Cluster
 from toolkit.ir import backward, formulas
 from toolkit.ir.graph import OpGraph
-from toolkit.plan import chain
+from toolkit.plan import chain, recycling
 from toolkit.plan.order import shared
 from toolkit.plan.plan import Axis, Placement, Plan, Stage
 from toolkit.plan.subject import Subject
@@ -47,7 +46,7 @@ def plan(
         n for n in range(1, max(most, 1) + 1) if (subject.batch // data) % n == 0
     )
     micro = subject.graph.at(batch=subject.divided(data, count))
-    passes = blocks_by_pass(micro)
+    passes = recycling.blocks_by_pass(micro)
     if len(passes) < 2:
         raise InfeasibleError(
             f"{subject.model} runs its blocks once", remedy="use a pipeline such as 1f1b"
@@ -72,29 +71,14 @@ def plan(
     )
 
 
-def blocks_by_pass(graph: OpGraph) -> tuple[tuple[str, ...], ...]:
-    """Return the blocks each pass through the model runs, in order."""
-    paths = [segment.path for segment in chain.segments(graph) if segment.path is not None]
-    if not paths:
-        raise InfeasibleError(f"{graph.name} has no repeated blocks to plan by")
-    found: list[list[str]] = []
-    for path in paths:
-        if path == paths[0]:
-            found.append([])
-        found[-1].append(path)
-    if any(some != found[0] for some in found):
-        raise InfeasibleError(f"the passes of {graph.name} run different blocks")
-    return tuple(map(tuple, found))
-
-
 def _stages(
     graph: OpGraph, passes: Sequence[tuple[str, ...]], size: int, cluster: Cluster
 ) -> tuple[Stage, ...]:
     blocks = passes[0]
     starts = chain.partition(_seconds(graph, blocks, cluster), size)
-    learns = _learns(graph, len(passes))
+    learns = recycling.learns(graph, len(passes))
     found = []
-    for number, entry in enumerate(_entries(graph, blocks)):
+    for number, entry in enumerate(recycling.entries(graph, blocks)):
         for position, (start, end) in enumerate(
             zip(starts, (*starts[1:], len(blocks)), strict=True)
         ):
@@ -111,28 +95,3 @@ def _seconds(graph: OpGraph, blocks: Sequence[str], cluster: Cluster) -> list[fl
             for work in (formulas.work(op, graph), *backward.work(op, graph)):
                 found[segment.path or ""] += roofline.seconds(work, cluster.device(0))
     return list(found.values())
-
-
-def _entries(graph: OpGraph, blocks: Sequence[str]) -> list[str | None]:
-    """Where each pass begins: None for the first, then the module run after the last block (what
-    the model itself does in between belongs to the pass before).
-    """
-    found: list[str | None] = [None]
-    segments = chain.segments(graph)
-    for before, segment in itertools.pairwise(segments):
-        if before.path == blocks[-1]:
-            inside = next((op for op in segment.ops if op.module_path), None)
-            found.append(inside.module_path.partition(".")[0] if inside else None)
-    # What follows the last block of the last pass is no pass.
-    return found[: sum(segment.path == blocks[0] for segment in segments)]
-
-
-def _learns(graph: OpGraph, num_passes: int) -> list[bool]:
-    """Whether each pass has gradients."""
-    found: list[bool] = []
-    first = None
-    for segment in chain.segments(graph):
-        first = first or segment.path
-        if segment.path is not None and segment.path == first:
-            found.append(any(op.name in graph.differentiated for op in segment.ops))
-    return found[:num_passes]

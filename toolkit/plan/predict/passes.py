@@ -111,7 +111,9 @@ class Passes:
     def _steps(self, segment: Segment, kinds: Container[str], recompute: bool) -> dict[str, Steps]:
         forward = self._forward(segment.ops)
         steps: dict[str, Steps] = {"F": forward}
-        again = self._forward(segment.ops, again=True) if recompute else ()
+        # A pass without gradients is not run again.
+        learns = any(op.name in self.local.differentiated for op in segment.ops)
+        again = self._forward(segment.ops, again=True) if recompute and learns else ()
         whole = (*again, *self._backward(segment.ops, self.local))
         if "B" in kinds:
             steps["B"] = whole

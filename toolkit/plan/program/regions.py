@@ -7,7 +7,7 @@ Found by following dims, so attention written out in products, with biases and m
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from toolkit.errors import InfeasibleError
@@ -28,11 +28,13 @@ class Region:
     begins_at: str
 
 
-def regions(graph: OpGraph) -> tuple[Region, ...]:
-    """Return the regions of all blocks, in order. Raises InfeasibleError where there is none."""
+def regions(graph: OpGraph, blocks: Collection[str] | None = None) -> tuple[Region, ...]:
+    """Return the regions of these blocks (default: all), in order. Raises InfeasibleError where
+    there is none.
+    """
     found: list[Region] = []
     for segment in chain.segments(graph):
-        if segment.path is not None:
+        if segment.path is not None and (blocks is None or segment.path in blocks):
             found += _in_block(graph, segment.ops)
     if not found:
         raise InfeasibleError(
@@ -42,12 +44,15 @@ def regions(graph: OpGraph) -> tuple[Region, ...]:
     return tuple(found)
 
 
-def dims(graph: OpGraph, degree: int, what: str) -> dict[str, str]:
-    """Return the dims of all regions, to be split in `degree` parts; `what` names the wish.
+def dims(
+    graph: OpGraph, degree: int, what: str, blocks: Collection[str] | None = None
+) -> dict[str, str]:
+    """Return the dims of all regions (of `blocks`), to be split in `degree` parts; `what` names the
+    wish.
 
     Raises InfeasibleError when `degree` does not divide heads or features, saying which do.
     """
-    several = regions(graph)
+    several = regions(graph, blocks)
     largest = math.gcd(*(region.degree for region in several))
     for region in several:
         if region.degree % degree:

@@ -26,8 +26,36 @@ if TYPE_CHECKING:
 _LOOKUP, _LOSS, _MEAN = "aten.embedding", "aten.cross_entropy_loss", "aten.mean"
 
 
+# Annotations by all that they follow from; as many are kept.
+_known: dict[object, Annotation] = {}
+_MOST_KNOWN = 1 << 16
+
+
 def annotation(op: Op, graph: OpGraph) -> Annotation:
     """Return how `op` may be split here: as ir.dims says, and what this file adds."""
+    tensors = (*graph.input_tensors(op), *graph.output_tensors(op))
+    key = (
+        op.target,
+        tuple((name, _nameless(value)) for name, value in op.arguments.items()),
+        tuple((tensor.shape, tensor.dtype) for tensor in tensors),
+    )
+    if key not in _known:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = _annotated(op, graph)
+    return _known[key]
+
+
+def _nameless(argument: Argument) -> object:
+    """An argument without the names of its tensors."""
+    if isinstance(argument, Ref):
+        return Ref
+    if isinstance(argument, tuple):
+        return tuple(_nameless(part) for part in argument)
+    return argument
+
+
+def _annotated(op: Op, graph: OpGraph) -> Annotation:
     found = dims.annotation(op, graph)
     if not found.known:
         return found

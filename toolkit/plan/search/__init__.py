@@ -4,8 +4,8 @@
 (an operator's part), choice.py, links.py and block.py (a segment as a problem), intra_op.py (its
 solution), linears.py (known solutions), stack.py (all segments), rows.py (what they take),
 inter_op.py (stages), schedules.py, site.py, units.py, estimate.py and arrange.py (a candidate),
-host.py (when something is offloaded), space.py, constraints.py and frontier.py, bench.py, outer.py
-(the loop), write.py (the plan), found.py (the result).
+host.py (when something is offloaded), space.py, constraints.py and frontier.py, bench.py, trial.py
+(a ground), outer.py (the loop), write.py (the plan), found.py (the result).
 """
 
 from toolkit.plan.search.constraints import Constraints

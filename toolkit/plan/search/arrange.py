@@ -14,7 +14,7 @@ from toolkit.plan.plan import How, Offload
 from toolkit.plan.search import schedules
 from toolkit.plan.search.estimate import Estimator, Stretch
 from toolkit.plan.search.inter_op import cut
-from toolkit.plan.search.rows import Rows, between
+from toolkit.plan.search.rows import Rows, between, prefix
 
 Recompute = Literal["none", "needed", "all"]
 
@@ -29,10 +29,13 @@ class Arrangement:
 
 @dataclass
 class Arranger:
-    """Cuts the chain for one estimator. `starts` are the items a stage may begin with."""
+    """Cuts the chain for one estimator. `starts` are the items a stage may begin with; `equal`
+    stages have as many blocks each.
+    """
 
     estimator: Estimator
     starts: Sequence[int]
+    equal: bool = False
     _memory_seen: dict[object, Any] = field(default_factory=dict, repr=False)
 
     def arrange(
@@ -66,7 +69,10 @@ class Arranger:
                 found, until = self._matrix(
                     kind, most, microbatches, (parameters, offload), recompute, room, num
                 )
-                seen[key] = found[np.ix_(nodes, nodes)], until
+                found = found[np.ix_(nodes, nodes)]
+                if self.equal:
+                    found = np.where(self._as_many(nodes, num * chunks), found, np.inf)
+                seen[key] = found, until
             again[stage, kind] = seen[key][1]
             return seen[key][0]
 
@@ -86,6 +92,11 @@ class Arranger:
         free = {kind: list(site.positions(kind)) for kind in range(len(site.kinds))}
         positions = tuple(free[kind].pop(0) for kind in found.classes)
         return Arrangement(tuple(stretches), positions)
+
+    def _as_many(self, nodes: Any, num_stages: int) -> Any:
+        """Whether the items between two nodes have a stage's share of the blocks."""
+        blocks = prefix(self.estimator.rows[0].is_block)[nodes]
+        return (blocks[None, :] - blocks[:, None]) * num_stages == blocks[-1]
 
     def _matrix(
         self,
@@ -165,7 +176,7 @@ class Arranger:
             found = rows.temporaries + (rows.parameters * factor if factor else 0.0)
             if kept[0] == "shard" and mesh.data > 1:
                 found = found + self._gathered(rows)
-            if num_stages > 1:
+            if num_stages > 1 and self.estimator.num_passes == 1:
                 border = np.array([float(sum(sizes)) for sizes in self.estimator.borders])
                 found = found + microbatches * (border[:, None] + border[None, :])
             self._memory_seen[key] = found

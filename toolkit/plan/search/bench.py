@@ -19,7 +19,7 @@ from toolkit.plan.subject import Subject
 
 # How operators are split over the inner axes.
 WHOLE, MEGATRON, TOKENS = "operators whole", "columns and rows", "columns, rows and tokens"
-REGIONS = "heads, features and vocabulary"
+HEADS, REGIONS = "heads and features", "heads, features and vocabulary"
 SEARCHED, LEAN = "operators split by search", "operators split lean"
 
 
@@ -27,7 +27,7 @@ def by_program(split: str, mesh: Mesh) -> bool:
     """Return whether the own executor runs this (lower/ladder.py): operators split one by one, or
     stages that several ranks split.
     """
-    return split in (SEARCHED, LEAN, REGIONS) or (mesh.inner > 1 and mesh.pipeline > 1)
+    return split in (SEARCHED, LEAN, HEADS, REGIONS) or (mesh.inner > 1 and mesh.pipeline > 1)
 
 
 class Bench:
@@ -55,6 +55,7 @@ class Bench:
         self._stacks: dict[object, Stack] = like._stacks if like else {}
         self._rows: dict[object, Rows] = like._rows if like else {}
         self._given: dict[Stack, dict[str, Layouts]] = like._given if like else {}
+        self._heads: dict[Stack, Layouts | None] = {}
         self._shared = _shared(self.outline)
         self._whole = self._representatives(constraints.whole_ops(subject.graph))
         self._crossing_names: list[list[str]] = []
@@ -94,15 +95,29 @@ class Bench:
         if stack not in self._given:
             wanted = self.constraints.splits or ("columns", "searched")
             found = {}
-            if "columns" in wanted:
+            # Placements say how a module is split that runs once.
+            if "columns" in wanted and self.outline.num_passes == 1:
                 found[MEGATRON] = linears.columns_and_rows(stack)
                 found[TOKENS] = linears.tokens(stack)
+            if "heads" in wanted:
+                found[HEADS] = linears.heads(stack)
             if "regions" in wanted:
                 found[REGIONS] = linears.heads_and_vocabulary(stack)
             self._given[stack] = {
                 split: stack.given(dims) for split, dims in found.items() if dims is not None
             }
         return self._given[stack]
+
+    def heads(self, stack: Stack) -> Layouts | None:
+        """Operators whole, or all heads and features split over the tensor axis; None where the
+        degree does not divide them.
+        """
+        if not stack.axes:
+            return stack.fastest(Weights())
+        if stack not in self._heads:
+            dims = linears.heads(stack)
+            self._heads[stack] = None if dims is None else stack.given(dims)
+        return self._heads[stack]
 
     def estimator(self, site: Site, stack: Stack, layouts: Layouts, ground: Ground) -> Estimator:
         rows = []
@@ -114,7 +129,7 @@ class Bench:
                 found = here.costs(layouts, site.kinds[kind].device)
                 self._rows[key] = self.as_rows(found)
             rows.append(self._rows[key])
-        return Estimator(site, rows, self._borders(stack, layouts))
+        return Estimator(site, rows, self._borders(stack, layouts), self.outline.num_passes)
 
     def _borders(self, stack: Stack, layouts: Layouts) -> list[list[int]]:
         """Bytes of each tensor that crosses a cut before each item, as one rank sends them."""
@@ -134,7 +149,7 @@ class Bench:
         }
         found: list[list[str]] = [[] for _ in range(len(items) + 1)]
         for op in graph.ops:
-            for name in op.outputs:
+            for name in op.outputs if op.name in item_of else ():
                 readers = graph.consumers[name]
                 last = max((item_of[reader.name] for reader in readers), default=-1)
                 last = len(items) - 1 if name in graph.outputs else last
@@ -151,8 +166,8 @@ class Bench:
         """The operators that stand for those named, whichever copy of a block they are in."""
         found = set()
         graph = self.subject.graph
-        for item in self.outline.items:
-            first = self.outline.items[self.outline.representatives[item.kind]].begin
+        for item in self.outline.segments:
+            first = self.outline.segments[self.outline.representatives[item.kind]].begin
             for place, op in enumerate(graph.ops[item.begin : item.end]):
                 if op.name in names:
                     found.add(graph.ops[first + place].name)

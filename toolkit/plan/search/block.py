@@ -7,14 +7,14 @@ that follows a copy of itself hands its outputs to its own inputs, so the proble
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from toolkit.ir.graph import Op, OpGraph, Tensor
 from toolkit.plan.chain import Segment as Run
 from toolkit.plan.predict.alive import Alive
 from toolkit.plan.program import rules
-from toolkit.plan.search.choice import Chosen, Cost, Dims, End, Weights
+from toolkit.plan.search.choice import Chosen, Cost, Dims, End, Option, Side, Weights
 from toolkit.plan.search.layouts import (
     Axis,
     AxisName,
@@ -47,7 +47,11 @@ class Segment:
     num_samples: int
     loops: Mapping[str, str] = field(default_factory=dict)
     may_split: Callable[[str, str, AxisName], bool] | None = None
+    whole_weights: bool = False
+    num_forwards: int = 1  # in as many passes it runs forward, in one back
     _ways: dict[str, tuple[Way, ...]] = field(default_factory=dict, repr=False)
+    _options: dict[object, Option] = field(default_factory=dict, repr=False)
+    _sides: dict[object, Side] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.active = tuple(op for op in self.ops if any(t in self.learned for t in op.outputs))
@@ -72,7 +76,8 @@ class Segment:
             inplace = any("@" in name for name in op.outputs)
 
             def allowed(name: str, axis: AxisName) -> bool:
-                if inplace or (axis == "context" and name in weights):
+                whole = self.whole_weights or axis == "context"
+                if inplace or (whole and name in weights):
                     return False
                 if found.sizes[name] == self.num_samples and self._leads(op, name):
                     return False
@@ -94,6 +99,54 @@ class Segment:
 
     def _is_active(self, op: Op) -> bool:
         return any(name in self.learned for name in op.outputs)
+
+    def option(self, op: Op, way: Way) -> Option:
+        """Return what running `op` this way takes."""
+        key = (op.name, way.dims)
+        if key not in self._options:
+            part = self.parts.part(op, way)
+            self._options[key] = Option(
+                part.forward_s,
+                part.backward_s,
+                self.sync_s(op, way),
+                sum(size for name, size in part.kept if self.first_keeper.get(name) == op.name),
+                sum(tensor.num_bytes for tensor in self.held(op, way).values()),
+            )
+        return self._options[key]
+
+    def read(self, op: Op, place: int, chosen: Sequence[Way]) -> Side:
+        """Return the ends of the tensor that `op` reads at `place`, one for each way chosen."""
+        return self._side(
+            ("read", op.name, place), chosen, lambda way: End(way.reads[place], way.leaves[place])
+        )
+
+    def made(self, op: Op, place: int, chosen: Sequence[Way]) -> Side:
+        """Return the ends of the tensor that `op` makes at `place`, one for each way chosen."""
+        return self._side(
+            ("made", op.name, place), chosen, lambda way: End(way.makes[place], way.needs[place])
+        )
+
+    def _side(self, what: object, chosen: Sequence[Way], end: Callable[[Way], End]) -> Side:
+        key = (what, chosen[0].dims if len(chosen) == 1 else None)
+        if key not in self._sides:
+            self._sides[key] = Side([end(way) for way in chosen])
+        return self._sides[key]
+
+    def holdings(self, around: Collection[Sequence[Layout]]) -> Side:
+        """Return the layouts a tensor may be held in between its maker and its readers, which have
+        those of `around`: whole, with a whole or a partial gradient, or sliced along a dim that
+        somebody slices; axis by axis.
+        """
+        seen = frozenset(layout for layouts in around for layout in layouts)
+        if seen not in self._sides:
+            found: list[tuple[Layout, Layout]] = [((), ())]
+            for axis in range(len(self.axes)):
+                dims = sorted({layout[axis] for layout in seen if layout[axis] >= 0})
+                pairs = [(R, R), (R, V), *((dim, dim) for dim in dims)]
+                found = [((*t, a), (*g, b)) for t, g in found for a, b in pairs]
+            # Two axes slice one dim only where an operator does so too.
+            self._sides[seen] = Side([End(t, g) for t, g in found if t in seen or _once(t)])
+        return self._sides[seen]
 
     # The problem ----------------------------------------------------------------------------
 
@@ -119,7 +172,12 @@ class Segment:
 
     def least_memory(self, weights: Weights) -> float:
         """Return the least memory of any layout, as `weights` count it."""
-        return Links(self, weights, {}, {}, None).problem.least_memory
+        return float(
+            sum(
+                min(weights.memory(self.option(op, way)) for way in self.ways(op))
+                for op in self.active
+            )
+        )
 
     def cost(self, chosen: Chosen, parts: Parts | None = None) -> Cost:
         """Return what a layout costs on the device of `parts` (default: the one searched for)."""
@@ -220,3 +278,8 @@ class Segment:
         of them on is still needed.
         """
         return min(self._place[op.name] for op in consumers) <= self._last_saver
+
+
+def _once(layout: Layout) -> bool:
+    sliced = [slot for slot in layout if slot >= 0]
+    return len(set(sliced)) == len(sliced)

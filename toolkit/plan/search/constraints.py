@@ -17,8 +17,9 @@ from toolkit.plan.search.schedules import SEARCHED
 # Plans of the library that are written beside what the search composes (extras.py).
 PLANS = ("co-shard", "interlaced", "3f1b", "dap")
 # How operators are split over context and tensor: Linears by columns and rows; the same with
-# attention however it is written, and the vocabulary (only when named); each as the search finds.
-SPLITS = ("columns", "regions", "searched")
+# attention however it is written, and that with the vocabulary (only when named, both); each as
+# the search finds.
+SPLITS = ("columns", "heads", "regions", "searched")
 RECOMPUTE = ("none", "needed", "all")
 Sizes = int | list[int] | None
 
@@ -49,6 +50,7 @@ class Constraints:
     replicated: list[str] | None = None
     splits: list[str] | None = None
     plans: list[str] | None = None  # [] for none
+    equal_stages: bool = False  # as many blocks in every stage
     native: bool = False  # no splits of single operators, only what placements of modules say
     runnable: bool = True  # only what a rung of this version runs
 

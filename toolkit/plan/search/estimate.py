@@ -62,17 +62,20 @@ class _Times(NamedTuple):
     later: float  # the last W, to the end of reductions that begin in it, beyond its computing
     before: float  # the very first gather
     compute: float
+    earlier: float  # of forward, in passes before the last
 
 
 @dataclass
 class Estimator:
     """Estimates candidates of one mesh and one microbatch size; `rows[k]` are the chain's items on
-    positions of class k, `borders[j]` what crosses a cut before item j (bytes by tensor).
+    positions of class k, `borders[j]` what crosses a cut before item j (bytes by tensor), also in
+    the passes before the last of `num_passes`.
     """
 
     site: Site
     rows: Sequence[Rows]
     borders: Sequence[Sequence[int]]
+    num_passes: int = 1
     _units_seen: dict[object, tuple[Unit, ...]] = field(default_factory=dict, repr=False)
     _unit_seen: dict[object, Unit] = field(default_factory=dict, repr=False)
     _times_seen: dict[object, _Times] = field(default_factory=dict, repr=False)
@@ -102,6 +105,10 @@ class Estimator:
             self._sends_s(stretches[s + 1].begin, positions[s], positions[s + 1])
             for s in range(len(stretches) - 1)
         ]
+        if family == schedules.RECYCLED:
+            early, again = self.num_passes - 1, self._wraps_s(stretches, positions)
+            spans = [*[Span(one.earlier / early, 0.0, 0.0) for one in times] * early, *spans]
+            delays = [*[*delays, again] * early, *delays]
         timing = schedules.timed(family, microbatches, spans, delays, num)
         # The table counts devices by the family's own placement.
         places = schedules.placement(family, num) if num > 1 else (0,) * len(stretches)
@@ -145,12 +152,18 @@ class Estimator:
     # Time -----------------------------------------------------------------------------------
 
     def _span(self, times: _Times, family: str) -> Span:
+        if family == schedules.RECYCLED:
+            return Span(times.forward - times.earlier, times.backward, 0.0)
         if not schedules.splits_backward(family):
             return Span(times.forward, times.backward, 0.0)
         return Span(times.forward, times.backward - times.weight, times.weight)
 
     def _sends_s(self, item: int, sender: int, receiver: int) -> float:
         return sum(self.site.send_s(size, sender, receiver) for size in self.borders[item])
+
+    def _wraps_s(self, stretches: Sequence[Stretch], positions: Sequence[int]) -> float:
+        """From the end of a pass to the beginning of the next: taken as what enters a block."""
+        return self._sends_s(stretches[-1].begin, positions[-1], positions[0])
 
     def _times(
         self, stretch: Stretch, position: int, zero: How, offload: Offload, *, first: bool
@@ -183,7 +196,7 @@ class Estimator:
         reduces = [float(s) for s in sync]
         each, downs, fetches = ([0.0] * len(forward) for _ in range(3))
         for unit in held:
-            gathers[unit.item - begin] += unit.gather_s
+            gathers[unit.item - begin] += self.num_passes * unit.gather_s
             if not unit.is_root:
                 back_gathers[unit.item - begin] += unit.gather_s
             reduces[unit.item - begin] += unit.reduce_s
@@ -211,6 +224,7 @@ class Estimator:
             max(0.0, later_s - sum(weights)),
             before_s,
             sum(forward) + sum(backward),
+            float(rows.earlier[begin:end].sum()),
         )
 
     def _follow(
@@ -304,8 +318,10 @@ class Estimator:
         offload: Offload,
     ) -> Mapping[str, int]:
         rows = self.rows[self.kind_of[self.site.classes[position]]]
+        # Torch's runtime has a buffer for every message of a step, the own executor none.
+        buffered = self.num_passes == 1
         kept = [
-            self._kept(rows, stretch, first=s == 0)
+            self._kept(rows, stretch, own=s == 0 or not buffered)
             for s, stretch in zip(stages, stretches, strict=True)
         ]
         kept += [float(rows.owed[one.begin : one.end].sum()) for one in stretches]
@@ -327,7 +343,7 @@ class Estimator:
             moments.append((activations, gradients + running, passing[moment.running]))
         activations, gradients, temporary = max(moments, key=sum)
         received = 0
-        for s, stretch in zip(stages, stretches, strict=True):
+        for s, stretch in zip(stages, stretches, strict=True) if buffered else ():
             if s > 0 and positions[s - 1] != position:
                 received += microbatches * sum(self.borders[stretch.begin])
             if s + 1 < len(positions) and positions[s + 1] != position:
@@ -345,12 +361,12 @@ class Estimator:
         }
         return {name: int(sizes[name]) for name in CATEGORIES}
 
-    def _kept(self, rows: Rows, stretch: Stretch, *, first: bool) -> float:
+    def _kept(self, rows: Rows, stretch: Stretch, *, own: bool) -> float:
         """What a microbatch keeps from forward to backward; what a stage receives is counted
-        among the messages.
+        among the messages, unless it is its `own`.
         """
         found = float(_saved(rows, stretch).sum())
-        return found if first else max(0.0, found - float(rows.entering[stretch.begin]))
+        return found if own else max(0.0, found - float(rows.entering[stretch.begin]))
 
     def _passing(self, rows: Rows, stretch: Stretch) -> float:
         """What the fullest operator takes beyond what a microbatch keeps. A recomputed block's

@@ -17,13 +17,14 @@ from typing import NamedTuple
 from toolkit.cost.calibration import Calibration
 from toolkit.errors import InfeasibleError, UsageError
 from toolkit.hardware import Cluster
-from toolkit.plan import chain, predict
+from toolkit.plan import chain, predict, recycling
 from toolkit.plan.library import dap, grid, interlaced, three_f_one_b
 from toolkit.plan.plan import OFFLOADS, Alternative, Plan
 from toolkit.plan.program import pattern, regions
 from toolkit.plan.search.constraints import Constraints
 from toolkit.plan.search.outer import Outer, Progress
 from toolkit.plan.search.space import Ground, Space
+from toolkit.plan.search.trial import Split
 from toolkit.plan.subject import Subject
 from toolkit.units import format_bytes, format_seconds
 
@@ -31,6 +32,7 @@ from toolkit.units import format_bytes, format_seconds
 _PARTS = (2, 4, 8)
 # Operators x ranks x parts that are predicted one by one, of a plan and of all together.
 _MOST, _BUDGET = 32_768, 262_144
+_MOST_OPS = 4096
 # Grounds that a kind of plan is written for, the most promising first.
 _GROUNDS = 4
 # Microbatches that a list schedule orders in seconds.
@@ -98,8 +100,10 @@ class Extras:
             return []
         if "none" not in (self.constraints.offload or OFFLOADS):
             return []  # these keep everything on the device
-        if self.outer is None:
-            self._several_passes()
+        if self.outer is None or self.outer.outline.num_passes > 1:
+            # What the search has laid out itself is predicted in full where that is quick.
+            if self.outer is None or len(self.subject.graph.ops) <= _MOST_OPS:
+                self._several_passes()
         else:
             if self._allows("interlaced"):
                 self._interlaced()
@@ -112,7 +116,7 @@ class Extras:
 
     def _several_passes(self) -> None:
         """Blocks that run several times: data parallel with axial splits, and pipelines."""
-        num_blocks = len(three_f_one_b.blocks_by_pass(self.subject.graph)[0])
+        num_blocks = len(recycling.blocks_by_pass(self.subject.graph)[0])
         grounds = list(self._grounds(num_blocks))
         splits = [g for g in grounds if g.mesh.pipeline == g.mesh.tensor == 1]
         pipelines = [
@@ -195,13 +199,25 @@ class Extras:
             and self._holds(outer, ground)
         ]
         grounds.sort(key=lambda one: outer.bound(one)[0])
-        if not outer.squeezed:
+        if not outer.trials.squeezed:
             for ground in [one for one in grounds if one.mesh.inner == 1][:1]:
                 for parts in _PARTS:
                     self._try(self._sharded(ground, parts, self.subject.blocks, again=True))
             return
         for ground in _few(grounds, lambda g: g.mesh)[:_GROUNDS]:
-            self._fewest(outer, ground)
+            if self._may_win(outer, ground):
+                self._fewest(outer, ground)
+
+    def _may_win(self, outer: Outer, ground: Ground) -> bool:
+        """Whether the ground is faster than the best if memory were no limit: parts of a co-shard
+        take no less, and are run again.
+        """
+        stack = outer.bench.stack(ground)
+        layouts = outer.bench.heads(stack)
+        best = outer.frontier.best
+        if layouts is None or best is None:
+            return layouts is not None
+        return outer.trials.free_s(ground, Split("", layouts, stack)) < best.step_s
 
     def _holds(self, outer: Outer, ground: Ground) -> bool:
         """Whether parameters and states alone fit: they are whole on every replica."""
@@ -330,7 +346,7 @@ class Extras:
         for ground in space.grounds():
             if ground.mesh.data > 1 and ways is not None and "replicate" not in ways:
                 continue
-            squeezed = self.outer is None or self.outer.squeezed
+            squeezed = self.outer is None or self.outer.trials.squeezed
             if best is not None and squeezed and self.outer is not None:
                 bound_s, _ = self.outer.bound(ground)
                 if bound_s > best.step_s:

@@ -10,7 +10,7 @@ from toolkit.cost.calibration import Calibration
 from toolkit.errors import InfeasibleError, UsageError
 from toolkit.hardware import Cluster
 from toolkit.hardware.scaled import scaled
-from toolkit.plan import chain, predict
+from toolkit.plan import chain, predict, recycling
 from toolkit.plan.library import megatron, sequence_parallel
 from toolkit.plan.plan import Placement, Plan
 from toolkit.plan.search import write
@@ -90,7 +90,7 @@ def search(
     deadline = began + limit_s
     rules = constraints or Constraints()
     outer = None
-    if _runs_once(subject):
+    if _can_lay_out(subject):
         outer = Outer(
             subject=subject,
             cluster=cluster,
@@ -119,7 +119,7 @@ def search(
         best=best,
         frontier=members,
         runner_up=others[0] if others else None,
-        considered=extras.considered + (outer.considered if outer else 0),
+        considered=extras.considered + (outer.trials.considered if outer else 0),
         pruned=outer.pruned if outer else 0,
         seconds=time.monotonic() - began,
         complete=not (extras.stopped or (outer is not None and outer.stopped)),
@@ -128,10 +128,19 @@ def search(
     )
 
 
-def _runs_once(subject: Subject) -> bool:
-    """Whether the search can lay out the model: no block runs twice."""
-    paths = [one.path for one in chain.segments(subject.graph) if one.path is not None]
-    return len(paths) == len(set(paths))
+def _can_lay_out(subject: Subject) -> bool:
+    """Whether the search can lay out the model: its blocks run once, or several times of which only
+    the last has gradients.
+    """
+    segments = chain.segments(subject.graph)
+    paths = [one.path for one in segments if one.path is not None]
+    if not paths or len(paths) == len(set(paths)):
+        return True
+    last = recycling.repeats(segments)
+    if last == tuple(range(len(segments))):
+        return False
+    learns = recycling.learns(subject.graph, len(paths) // len(set(paths)))
+    return learns[-1] and not any(learns[:-1])
 
 
 def _best(
@@ -269,7 +278,7 @@ def _nothing(extras: Extras, limit: float) -> InfeasibleError:
 
 
 def _infeasible(outer: Outer, limit: float) -> InfeasibleError:
-    nearest = outer.nearest
+    nearest = outer.trials.nearest
     if nearest is None:
         return InfeasibleError(
             f"no plan of {outer.subject.model} on {outer.num_ranks} devices of "

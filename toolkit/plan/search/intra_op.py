@@ -12,6 +12,7 @@ two nodes' choices linearised per edge as in Alpa (Zheng et al., arXiv 2201.1202
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ import numpy as np
 
 # A table of more entries than this is left to the integer program.
 _LARGEST_TABLE = 4_000_000
-_BISECTIONS = 24
+# Prices of memory that are tried; in practice a handful.
+_MOST_PRICES = 60
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,20 @@ class Solution:
     @property
     def gap(self) -> float:
         return (self.seconds - self.bound_s) / self.seconds if self.seconds else 0.0
+
+
+# A table (its place in a list), the order of its dims, and its shape among those of a step.
+_View = tuple[int, tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A node to do without, the nodes its best option depends on, and the tables to add up."""
+
+    node: int
+    scope: tuple[int, ...]
+    first: _View
+    others: tuple[_View, ...]
 
 
 @dataclass(frozen=True)
@@ -125,29 +141,62 @@ class Problem:
 
     def _eliminated(self, price: float) -> Solution | None:
         """The best for seconds + price x memory; None when a table would grow too large."""
-        alone, pairs = self.merged
-        tables: list[tuple[tuple[int, ...], Any]] = [
-            ((i,), costs + price * np.asarray(node.memory, dtype=float) if price else costs)
-            for i, (costs, node) in enumerate(zip(alone, self.nodes, strict=True))
-        ]
-        tables += list(pairs.items())
-        order = self._order
-        if order is None:
+        steps = self._steps
+        if steps is None:
             return None
-        best: list[tuple[int, tuple[int, ...], Any]] = []
-        for node in order:
-            mine = [table for table in tables if node in table[0]]
-            tables = [table for table in tables if node not in table[0]]
-            scope = tuple(sorted({i for names, _ in mine for i in names} - {node}))
-            total = _sum(mine, (*scope, node), self._sizes)
-            best.append((node, scope, total.argmin(axis=-1)))
-            tables.append((scope, total.min(axis=-1)))
+        alone, pairs = self.merged
+        tables: list[Any] = [
+            costs + price * memory if price else costs
+            for costs, memory in zip(alone, self._memories, strict=True)
+        ]
+        tables += pairs.values()
+        best: list[Any] = []
+        for step in steps:
+            total = tables[step.first[0]].transpose(step.first[1]).reshape(step.first[2])
+            for place, order, shape in step.others:
+                total = total + tables[place].transpose(order).reshape(shape)
+            which = total.argmin(axis=-1)
+            best.append(which)
+            tables.append(total.min(axis=-1))
         chosen: dict[int, int] = {}
-        for node, scope, which in reversed(best):
-            chosen[node] = int(which[tuple(chosen[i] for i in scope)])
+        for step, which in zip(reversed(steps), reversed(best), strict=True):
+            chosen[step.node] = int(which[tuple(chosen[i] for i in step.scope)])
         options = tuple(chosen[i] for i in range(len(self.nodes)))
         seconds = self.seconds_of(options)
         return Solution(options, seconds, self.memory_of(options), seconds, "elimination")
+
+    @cached_property
+    def _memories(self) -> list[Any]:
+        return [np.asarray(node.memory, dtype=float) for node in self.nodes]
+
+    @cached_property
+    def _steps(self) -> list[_Step] | None:
+        """Node after node, the tables that are added up to do without it: places among the nodes'
+        own costs, those of pairs, and what the steps before have made.
+        """
+        if self._order is None:
+            return None
+        scopes: dict[int, tuple[int, ...]] = {i: (i,) for i in range(len(self.nodes))}
+        scopes |= {len(scopes) + i: pair for i, pair in enumerate(self.merged[1])}
+        made = len(scopes)
+        found = []
+        for node in self._order:
+            mine = [(place, names) for place, names in scopes.items() if node in names]
+            for place, _ in mine:
+                del scopes[place]
+            scope = tuple(sorted({i for _, names in mine for i in names} - {node}))
+            whole = (*scope, node)
+            # The largest first: what is added to it does not make it larger.
+            mine.sort(key=lambda one: -len(one[1]))
+            views = [self._view(place, names, whole) for place, names in mine]
+            found.append(_Step(node, scope, views[0], tuple(views[1:])))
+            scopes[made] = scope
+            made += 1
+        return found
+
+    def _view(self, place: int, names: tuple[int, ...], whole: tuple[int, ...]) -> _View:
+        order = sorted(range(len(names)), key=lambda at: whole.index(names[at]))
+        return place, tuple(order), tuple(self._sizes[i] if i in names else 1 for i in whole)
 
     @cached_property
     def _sizes(self) -> tuple[int, ...]:
@@ -160,56 +209,57 @@ class Problem:
         for i, j in self.merged[1]:
             near[i].add(j)
             near[j].add(i)
+
+        def table(node: int) -> int:
+            return math.prod(self._sizes[i] for i in near[node]) * self._sizes[node]
+
+        waiting = [(table(node), node) for node in near]
+        heapq.heapify(waiting)
         order = []
         while near:
-
-            def table(node: int) -> int:
-                return math.prod(self._sizes[i] for i in near[node]) * self._sizes[node]
-
-            node = min(near, key=lambda i: (table(i), i))
-            if table(node) > _LARGEST_TABLE:
+            size, node = heapq.heappop(waiting)
+            if node not in near or size != table(node):
+                continue  # done, or its neighbours have changed since
+            if size > _LARGEST_TABLE:
                 return None
             others = near.pop(node)
             for i in others:
                 near[i] |= others - {i}
                 near[i].discard(node)
+                heapq.heappush(waiting, (table(i), i))
             order.append(node)
         return order
 
     def _priced(self, limit: float) -> Solution:
-        """Bisect the price of memory; the largest of the relaxed values is a bound."""
-        low, high = 0.0, 1e-15
-        bound = -math.inf
-        best: Solution | None = None
-
-        def at(price: float) -> Solution:
-            nonlocal bound
+        """Find the price of memory at which the relaxed value, a bound, is largest: where the lines
+        of a solution that fits and of one that does not meet, nothing is below (Kelley 1960).
+        """
+        over = self._eliminated(0.0)
+        assert over is not None
+        leanest = tuple(int(np.argmin(memory)) for memory in self._memories)
+        bound = over.seconds
+        best = Solution(
+            leanest, self.seconds_of(leanest), self.memory_of(leanest), bound, "leanest"
+        )
+        method = "leanest"
+        for _ in range(_MOST_PRICES):
+            if over.memory <= best.memory:
+                break
+            price = (best.seconds - over.seconds) / (over.memory - best.memory)
+            if not price > 0:
+                break
             found = self._eliminated(price)
             assert found is not None
-            bound = max(bound, found.seconds + price * (found.memory - limit))
-            return found
-
-        leanest = tuple(int(np.argmin(node.memory)) for node in self.nodes)
-        for _ in range(60):
-            found = at(high)
-            if found.memory <= limit:
-                best = found
+            value = found.seconds + price * (found.memory - limit)
+            bound = max(bound, value)
+            met = best.seconds + price * (best.memory - limit)
+            if value >= met - 1e-12 * abs(met):
                 break
-            low, high = high, high * 8
-        for _ in range(_BISECTIONS if best else 0):
-            middle = (low + high) / 2
-            found = at(middle)
             if found.memory <= limit:
-                high = middle
-                if best is None or found.seconds < best.seconds:
-                    best = found
+                best, method = found, "priced memory"
             else:
-                low = middle
-        if best is None:
-            best = Solution(
-                leanest, self.seconds_of(leanest), self.memory_of(leanest), bound, "leanest"
-            )
-        return Solution(best.options, best.seconds, best.memory, bound, "priced memory")
+                over = found
+        return Solution(best.options, best.seconds, best.memory, bound, method)
 
     # The integer program --------------------------------------------------------------------
 
@@ -283,15 +333,3 @@ class Problem:
             min(seconds, bound * largest) if bound is not None else -math.inf,
             "HiGHS",
         )
-
-
-def _sum(
-    tables: Sequence[tuple[tuple[int, ...], Any]], scope: tuple[int, ...], sizes: Sequence[int]
-) -> Any:
-    """Add tables over some nodes each, as one over `scope`."""
-    total = np.zeros([sizes[i] for i in scope])
-    for names, table in tables:
-        order = sorted(range(len(names)), key=lambda place: scope.index(names[place]))
-        shape = [sizes[i] if i in names else 1 for i in scope]
-        total = total + np.transpose(table, order).reshape(shape)
-    return total

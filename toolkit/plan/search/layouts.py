@@ -17,7 +17,9 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from toolkit.cost import collective
 from toolkit.hardware import Cluster
@@ -151,6 +153,18 @@ class Resharding:
     axes: tuple[Axis, ...]
     cluster: Cluster
     _seen: dict[object, float] = field(default_factory=dict, repr=False, compare=False)
+    _tables: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def table(
+        self, num_bytes: float, sources: tuple[Layout, ...], targets: tuple[Layout, ...]
+    ) -> Any:
+        """Return `seconds` of every source (a row) to every target (a column)."""
+        key = (num_bytes, sources, targets)
+        if key not in self._tables:
+            self._tables[key] = np.array(
+                [[self.seconds(num_bytes, one, other) for other in targets] for one in sources]
+            )
+        return self._tables[key]
 
     def seconds(self, num_bytes: float, source: Layout, target: Layout) -> float:
         """Return what moving a tensor of `num_bytes` (whole) from `source` to `target` takes.

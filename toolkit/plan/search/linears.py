@@ -48,18 +48,34 @@ def tokens(stack: Stack) -> dict[str, Dims] | None:
     return dims
 
 
+def heads(stack: Stack) -> dict[str, Dims] | None:
+    """Return what splits all of a block's heads and features, however attention is written."""
+    found = _heads(stack)
+    return None if found is None else {name: (dim,) for name, dim in found.items()}
+
+
+def _heads(stack: Stack) -> dict[str, str] | None:
+    segments = [stack.outline.segments[index] for index in stack.outline.representatives.values()]
+    blocks = {segment.path for segment in segments if segment.path is not None}
+    try:
+        found = program.dims(stack.graph, stack.axes[0].size, "a tensor degree of", blocks)
+    except (InfeasibleError, UsageError):
+        return None
+    active = {op.name for segment in stack.segments.values() for op in segment.active}
+    return {name: dim for name, dim in found.items() if name in active}
+
+
 def heads_and_vocabulary(stack: Stack) -> dict[str, Dims] | None:
-    """Return what splits all of a block's heads and features, however attention is written, and
-    the vocabulary: rows of tables, outputs of the head, and by tokens what follows it.
+    """Return the same with the vocabulary: rows of tables, outputs of the head, and by tokens what
+    follows it.
     """
     graph, degree = stack.graph, stack.axes[0].size
-    try:
-        found = program.dims(graph, degree, "a tensor degree of")
-    except (InfeasibleError, UsageError):
+    found = _heads(stack)
+    if found is None:
         return None
     annotations = {op.name: rules.annotation(op, graph) for op in graph.ops}
     active = [op for segment in stack.segments.values() for op in segment.active]
-    outside = {item.kind for item in stack.outline.items if item.path is None}
+    outside = {item.kind for item in stack.outline.segments if item.path is None}
     around = {op.name for kind in outside for op in stack.segments[kind].active}
     rows = 0
     for op in active:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from toolkit.ir.graph import Op
-from toolkit.plan.search.choice import Chosen, Dims, End, Weights
+from toolkit.plan.search.choice import Chosen, Dims, End, Side, Weights
 from toolkit.plan.search.intra_op import Edge, Node, Problem, Solution
-from toolkit.plan.search.layouts import Layout, R, V, Way
+from toolkit.plan.search.layouts import Way
 
 if TYPE_CHECKING:
     from toolkit.plan.search.block import Segment
@@ -31,7 +31,11 @@ class _Ends(NamedTuple):
     """The ends that the options of a node have of one tensor; `node` None: only one, given."""
 
     node: int | None
-    ends: list[End]
+    side: Side
+
+    @staticmethod
+    def given(end: End) -> _Ends:
+        return _Ends(None, Side((end,)))
 
 
 class _Link(NamedTuple):
@@ -58,13 +62,13 @@ class Links:
         self.taken = taken
         self.nodes: list[Node] = []
         self.edges: list[Edge] = []
-        self.ways: dict[int, list[Way]] = {}
+        self.ways: dict[int, tuple[Way, ...]] = {}
         self.held: dict[str, _Ends] = {}
         self.at: dict[str, int] = {}
         self.links: list[_Link] = []
         for op in segment.active:
-            one = None if fixed is None else [segment.way(op, fixed.get(op.name))]
-            self._operator(op, one or list(segment.ways(op)))
+            one = None if fixed is None else (segment.way(op, fixed.get(op.name)),)
+            self._operator(op, one or segment.ways(op))
         self._producer = {name: op for op in segment.active for name in op.outputs}
         for name, readers in self._readers().items():
             self._tensor(name, readers)
@@ -72,23 +76,20 @@ class Links:
             for end in ends:
                 source = self._source(name)
                 if source is not None:
-                    self._link(source, _Ends(None, [end]), name, again=False)
+                    self._link(source, _Ends.given(end), name, again=False)
 
     # Nodes ----------------------------------------------------------------------------------
 
-    def _operator(self, op: Op, chosen: list[Way]) -> None:
-        segment, weights = self.segment, self.weights
-        times = 2 if weights.recompute else 1
+    def _operator(self, op: Op, chosen: tuple[Way, ...]) -> None:
+        weights = self.weights
+        times = self.segment.num_forwards + (1 if weights.recompute else 0)
         seconds, memory = [], []
         for way in chosen:
-            part = segment.parts.part(op, way)
-            sync_s = segment.sync_s(op, way) / weights.microbatches
-            seconds.append(times * part.forward_s + part.backward_s + sync_s)
-            saved = sum(
-                size for name, size in part.kept if segment.first_keeper.get(name) == op.name
+            one = self.segment.option(op, way)
+            seconds.append(
+                times * one.forward_s + one.backward_s + one.sync_s / weights.microbatches
             )
-            held = sum(tensor.num_bytes for tensor in segment.held(op, way).values())
-            memory.append(weights.held * held + (0 if weights.recompute else weights.alive * saved))
+            memory.append(weights.memory(one))
         self.at[op.name] = self._add(op.name, seconds, memory)
         self.ways[self.at[op.name]] = chosen
 
@@ -114,14 +115,15 @@ class Links:
         consumers = []
         for op, place in readers:
             node = self.at[op.name]
-            ends = [End(way.reads[place], way.leaves[place]) for way in self.ways[node]]
-            consumers.append(_Ends(node, ends))
+            consumers.append(_Ends(node, self.segment.read(op, place, self.ways[node])))
         if len(consumers) == 1:
             if source is not None:
                 self._link(source, consumers[0], name, again=again)
             return
-        held = self._holdings(consumers, source)
-        zeros = np.zeros(len(held))
+        held = self.segment.holdings(
+            {at.side.tensors for at in (*consumers, *filter(None, [source]))}
+        )
+        zeros = np.zeros(len(held.ends))
         between = _Ends(self._add(f"={name}", zeros, zeros), held)
         self.held[name] = between
         if source is not None:
@@ -134,28 +136,14 @@ class Links:
         inner = self.segment.loops.get(name, name)
         op = self._producer.get(inner)
         if op is None:
-            return _Ends(None, [self.made[name]]) if name in self.made else None
-        place = list(op.outputs).index(inner)
+            return _Ends.given(self.made[name]) if name in self.made else None
+        place = op.outputs.index(inner)
         node = self.at[op.name]
-        return _Ends(node, [End(way.makes[place], way.needs[place]) for way in self.ways[node]])
-
-    def _holdings(self, consumers: list[_Ends], source: _Ends | None) -> list[End]:
-        """Layouts a tensor may be held in between its maker and its readers: whole, with a whole
-        or a partial gradient, or sliced along a dim that somebody slices; axis by axis.
-        """
-        ends = [end for reader in (*consumers, *filter(None, [source])) for end in reader.ends]
-        found: list[tuple[Layout, Layout]] = [((), ())]
-        for axis in range(len(self.segment.axes)):
-            dims = sorted({end.tensor[axis] for end in ends if end.tensor[axis] >= 0})
-            pairs = [(R, R), (R, V), *((dim, dim) for dim in dims)]
-            found = [((*t, a), (*g, b)) for t, g in found for a, b in pairs]
-        seen = {end.tensor for end in ends}
-        # Two axes slice one dim only where an operator does so too.
-        return [End(t, g) for t, g in found if t in seen or _once(t)]
+        return _Ends(node, self.segment.made(op, place, self.ways[node]))
 
     def _link(self, first: _Ends, second: _Ends, name: str, *, again: bool) -> None:
-        times = 2 if again and self.weights.recompute else 1
-        forward, back = self._matrices(name, first.ends, second.ends)
+        times = self.segment.num_forwards + (1 if again and self.weights.recompute else 0)
+        forward, back = self._matrices(name, first.side, second.side)
         seconds = times * forward + back
         if first.node is not None and second.node is not None:
             self.edges.append(Edge(first.node, second.node, seconds))
@@ -169,26 +157,17 @@ class Links:
         node = self.nodes[place]
         self.nodes[place] = Node(node.name, node.seconds + seconds, node.memory)
 
-    def _matrices(self, name: str, firsts: list[End], seconds: list[End]) -> tuple[Any, Any]:
+    def _matrices(self, name: str, first: Side, second: Side) -> tuple[Any, Any]:
+        """Price distinct layouts once, and spread the prices over the options."""
         tensor = self.segment.graph.tensors[name]
-        move = self.segment.resharding.seconds
+        table = self.segment.resharding.table
         size = float(tensor.num_bytes)
-
-        def table(rows: list[Layout], columns: list[Layout], *, flip: bool) -> Any:
-            """Price distinct layouts once, and spread the prices over the options."""
-            one, other = list(dict.fromkeys(rows)), list(dict.fromkeys(columns))
-            prices = np.array(
-                [[move(size, b, a) if flip else move(size, a, b) for b in other] for a in one]
-            )
-            at_one = [one.index(row) for row in rows]
-            at_other = [other.index(column) for column in columns]
-            return prices[np.ix_(at_one, at_other)]
-
-        forward = table([e.tensor for e in firsts], [e.tensor for e in seconds], flip=False)
+        prices = table(size, first.tensors, second.tensors)
+        forward = prices[first.tensor_at[:, None], second.tensor_at]
         if not tensor.requires_grad:
             return forward, np.zeros_like(forward)
-        back = table([e.gradient for e in firsts], [e.gradient for e in seconds], flip=True)
-        return forward, back
+        prices = table(size, second.gradients, first.gradients)
+        return forward, prices[second.gradient_at, first.gradient_at[:, None]]
 
     # The result -----------------------------------------------------------------------------
 
@@ -210,7 +189,7 @@ class Links:
             if name in self.held:
                 between = self.held[name]
                 assert between.node is not None
-                takes[name] = between.ends[found.options[between.node]]
+                takes[name] = between.side.ends[found.options[between.node]]
             else:
                 op, place = readers[0]
                 way = self._way(op, found)
@@ -228,19 +207,17 @@ class Links:
         """Return what the links take where they cost least."""
         found = self.problem.solve()
         assert found is not None
+        move = self.segment.resharding.seconds
         forward_s = backward_s = again_s = 0.0
         for link in self.links:
             one, other = (
-                end.ends[0 if end.node is None else found.options[end.node]]
+                end.side.ends[0 if end.node is None else found.options[end.node]]
                 for end in (link.first, link.second)
             )
-            forward, back = self._matrices(link.name, [one], [other])
-            forward_s += float(forward[0, 0])
-            backward_s += float(back[0, 0])
-            again_s += float(forward[0, 0]) if link.again else 0.0
+            tensor = self.segment.graph.tensors[link.name]
+            forward = move(float(tensor.num_bytes), one.tensor, other.tensor)
+            forward_s += forward
+            again_s += forward if link.again else 0.0
+            if tensor.requires_grad:
+                backward_s += move(float(tensor.num_bytes), other.gradient, one.gradient)
         return Moves(forward_s, backward_s, again_s)
-
-
-def _once(layout: Layout) -> bool:
-    sliced = [slot for slot in layout if slot >= 0]
-    return len(set(sliced)) == len(sliced)

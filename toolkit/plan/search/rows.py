@@ -33,6 +33,7 @@ class Rows:
     tied: tuple[Mapping[str, int], ...]
     parts: tuple[tuple[Tensor, ...], ...]
     is_block: Any
+    earlier: Any  # of forward, in passes before the last
 
     @staticmethod
     def of(costs: Sequence[Cost], is_block: Sequence[bool], shared: Sequence[str]) -> Rows:
@@ -53,7 +54,7 @@ class Rows:
             array("forward_s"), array("backward_s"), array("weight_s"), array("again_s"),
             array("sync_s"), array("saved_bytes"), array("entering_bytes"),
             array("temporary_bytes"), array("owed_bytes"), np.array(held, dtype=float), tied,
-            tuple(own[id(cost)] for cost in costs), np.array(is_block),
+            tuple(own[id(cost)] for cost in costs), np.array(is_block), array("earlier_s"),
         )  # fmt: skip
 
     @property

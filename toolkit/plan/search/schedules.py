@@ -20,9 +20,13 @@ from toolkit.plan.order.pipeline import Order, Stage
 
 # Families a search tries; stages of the others are not a chain of the model's blocks once through.
 SEARCHED = ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-v", "dualpipe-v")
+# For models that go forward three times and back once, the only one.
+RECYCLED, PASSES = "3f1b", 3
 # More actions than this and a table is timed by shorter ones, of this many rounds and one more.
 _MOST_ACTIONS = 2048
 _ROUNDS = 4
+# The order of this one is searched for, which takes longer.
+_ROUNDS_RECYCLED = 2
 # Of a schedule's length, the tiniest span there can be: order.problem wants all above 0.
 _NOTHING = 1e-12
 
@@ -57,6 +61,8 @@ def possible(family: str, num_devices: int, num_microbatches: int) -> str:
     """Return why a family has no table for these counts; "" when it has one."""
     if num_devices == 1:
         return "" if family == "1f1b" else f"{family} needs several devices"
+    if family == RECYCLED:
+        return ""
     try:
         _order(family, num_devices, num_microbatches if num_microbatches < 4 * num_devices
                else _short(family, num_devices, num_microbatches))  # fmt: skip
@@ -69,8 +75,12 @@ def possible(family: str, num_devices: int, num_microbatches: int) -> str:
 
 def _short(family: str, num_devices: int, num_microbatches: int) -> int:
     """A count of microbatches that shows what many of them do."""
-    most = _ROUNDS * num_devices
-    return num_microbatches if num_microbatches <= most else most
+    return min(num_microbatches, _rounds(family) * num_devices)
+
+
+def _rounds(family: str) -> int:
+    """Rounds of microbatches after which every further one takes the same."""
+    return _ROUNDS_RECYCLED if family == RECYCLED else _ROUNDS
 
 
 def num_chunks(family: str) -> int:
@@ -99,6 +109,8 @@ def bound_s(
     """
     p = num_devices
     mean = num_microbatches * (forward_s + backward_s) / p
+    if family == RECYCLED:
+        return max(mean, forward_s + backward_s)
     filling = (p - 1) / p * (forward_s + backward_s)
     if splits_backward(family):
         wait = (p - 1) / (2 * p) * forward_s / num_chunks(family)
@@ -122,7 +134,7 @@ def placement(family: str, num_devices: int) -> tuple[int, ...]:
     """Return the device of each stage."""
     chunks = num_chunks(family)
     order = _order(family, num_devices, 2 * num_devices if chunks > 1 else 1)
-    return tuple(devices[0] for devices in order.placement)
+    return tuple(devices[0] for devices in order.placement[-num_devices * chunks :])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -136,12 +148,18 @@ def alive(family: str, num_devices: int, num_microbatches: int) -> tuple[Alive, 
     order = _order(family, num_devices, _short(family, num_devices, num_microbatches))
     found = []
     for device, row in enumerate(order.rows):
-        stages = tuple(s for s, places in enumerate(order.placement) if device in places)
+        stages = tuple(
+            stage
+            for stage, places in enumerate(order.placement)
+            if device in places and stage not in order.no_grad
+        )
         held = dict.fromkeys(stages, 0)
         waiting = dict.fromkeys(stages, 0)
         every: dict[tuple[bool, int], set[tuple[int, ...]]] = {}
         begun = False
         for stage, kind, _ in row:
+            if stage in order.no_grad:
+                continue
             if kind in ("B", "I"):
                 counts = (*held.values(), *waiting.values())
                 every.setdefault((begun, stages.index(stage)), set()).add(counts)
@@ -152,7 +170,8 @@ def alive(family: str, num_devices: int, num_microbatches: int) -> tuple[Alive, 
         fullest = [
             Moment(counts, *when) for when, found_ in every.items() for counts in _maximal(found_)
         ]
-        found.append(Alive(stages, tuple(fullest)))
+        first = len(order.no_grad)
+        found.append(Alive(tuple(stage - first for stage in stages), tuple(fullest)))
     return tuple(found)
 
 
@@ -191,8 +210,9 @@ def timed(
         one = sum(stage.forward + stage.input_grad + stage.weight_grad for stage in stages)
         return Timing((num_microbatches * one,))
     actions = num_microbatches * num_devices * 3 * num_chunks(family)
-    rounds = _ROUNDS * num_devices
-    if actions <= _MOST_ACTIONS or num_microbatches <= rounds + num_devices:
+    rounds = _rounds(family) * num_devices
+    short = actions <= _MOST_ACTIONS and family != RECYCLED
+    if short or num_microbatches <= rounds + num_devices:
         return Timing(tuple(_ends(family, num_devices, num_microbatches, stages, delays_s)))
     first = _ends(family, num_devices, rounds, stages, delays_s)
     second = _ends(family, num_devices, rounds + num_devices, stages, delays_s)

@@ -32,6 +32,7 @@ class Space:
     batch: int
     num_blocks: int
     constraints: Constraints
+    most_context: int = _MOST_CONTEXT
 
     def meshes(self) -> Iterator[Mesh]:
         """Yield the factorisations of the ranks that the constraints allow."""
@@ -41,7 +42,7 @@ class Space:
         given = self.constraints
         most_tensor = per_node if given.tensor is None and given.max_tensor is None else 2**31
         most_context = (
-            _MOST_CONTEXT if given.context is None and given.max_context is None else 2**31
+            self.most_context if given.context is None and given.max_context is None else 2**31
         )
         for tensor in divisors(self.num_ranks):
             for context in divisors(self.num_ranks // tensor):

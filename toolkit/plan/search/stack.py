@@ -7,14 +7,14 @@ solved against what they read and make.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from toolkit.cost.calibration import Calibration
 from toolkit.hardware import Cluster, Device
 from toolkit.ir import backward, fold
 from toolkit.ir.graph import OpGraph
-from toolkit.plan import chain
+from toolkit.plan import chain, recycling
 from toolkit.plan.search.block import Segment
 from toolkit.plan.search.choice import Chosen, Cost, Dims, End, Weights
 from toolkit.plan.search.layouts import Axis, AxisName, Resharding, share
@@ -30,17 +30,22 @@ MaySplit = Callable[[str, str, AxisName], bool]
 @dataclass(frozen=True)
 class Item:
     """A segment of the chain: its block's path (None outside the blocks), where its operators are
-    in the graph, and the number of the kind it is of.
+    in the graph, and the number of the kind it is of. `turn` counts the passes through the model.
     """
 
     path: str | None
     begin: int
     end: int
     kind: int
+    turn: int = 0
 
 
 class Outline:
-    """What does not depend on sizes: the chain's items and their kinds, and who keeps what."""
+    """What does not depend on sizes: the chain's segments and their kinds, and who keeps what.
+
+    `items` are the segments that stages are cut from: all, or those of the last pass of a model
+    that runs its blocks several times, each after its `earlier` ones.
+    """
 
     def __init__(self, subject: Subject, cluster: Cluster) -> None:
         self.subject = subject
@@ -50,17 +55,46 @@ class Outline:
         self.first_keeper = {
             kept.name: kept.ops[0] for kept in backward.saved(graph, kernels=self.kernels)
         }
+        segments = chain.segments(graph)
+        repeats = recycling.repeats(segments)
         kinds: dict[str, int] = {}
-        items = []
-        at = 0
-        for segment in chain.segments(graph):
+        found: list[Item] = []
+        at = turn = 0
+        for place, segment in enumerate(segments):
             digest = fold.structure(graph, segment.ops, segment.path or "")
             digest = digest if segment.path is not None else f"{digest} {at}"
             kind = kinds.setdefault(digest, len(kinds))
-            items.append(Item(segment.path, at, at + len(segment.ops), kind))
+            turn += place > 0 and repeats[place] < repeats[place - 1]
+            found.append(Item(segment.path, at, at + len(segment.ops), kind, turn))
             at += len(segment.ops)
-        self.items = tuple(items)
+        self.segments = tuple(found)
+        self.num_passes = turn + 1
+        own = [place for place, other in enumerate(repeats) if place == other]
+        self.items = tuple(found[place] for place in own)
+        self.earlier = tuple(
+            tuple(i for i, other in enumerate(repeats) if other == place and i != place)
+            for place in own
+        )
+        self.original = {
+            found[place].kind: found[other].kind
+            for place, other in enumerate(repeats)
+            if place != other
+        }
         self._graphs: dict[int, OpGraph] = {}
+
+    @cached_property
+    def blocks(self) -> tuple[str, ...]:
+        """The paths of the blocks, in the order they run."""
+        return tuple(item.path for item in self.items if item.path is not None)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The items that a stage may begin with."""
+        blocks = [index for index in range(len(self.items)) if self.is_block(index)]
+        return (0, *blocks[1:])
+
+    def is_block(self, index: int) -> bool:
+        return self.items[index].path is not None
 
     def num_blocks(self, begin: int, end: int) -> int:
         """Return how many of the items [begin, end) are blocks."""
@@ -74,17 +108,29 @@ class Outline:
 
     @cached_property
     def representatives(self) -> dict[int, int]:
-        """Kind -> the item that is solved: one that follows a copy of itself, if there is one."""
+        """Kind -> the segment that is solved: one that follows its own copy, if there is one."""
         found: dict[int, int] = {}
-        for index, item in enumerate(self.items):
-            follows = index > 0 and self.items[index - 1].kind == item.kind
+        for index, item in enumerate(self.segments):
+            follows = index > 0 and self.segments[index - 1].kind == item.kind
             if item.kind not in found or (follows and not self.follows(found[item.kind])):
                 found[item.kind] = index
         return found
 
     def follows(self, index: int) -> bool:
-        """Whether an item comes right after one of its own kind."""
-        return index > 0 and self.items[index - 1].kind == self.items[index].kind
+        """Whether a segment comes right after one of its own kind."""
+        return index > 0 and self.segments[index - 1].kind == self.segments[index].kind
+
+    def siblings(self, item: Item) -> list[Item]:
+        """Return the blocks of the same list that run in the same pass, `item` among them."""
+        assert item.path is not None
+        parent = item.path.rpartition(".")[0]
+        return [
+            one
+            for one in self.segments
+            if one.path is not None
+            and one.turn == item.turn
+            and one.path.rpartition(".")[0] == parent
+        ]
 
 
 @dataclass(frozen=True)
@@ -125,16 +171,18 @@ class Stack:
             kind: self._segment(index, may_split) for kind, index in outline.representatives.items()
         }
         self._costs: dict[tuple[int, str, int], Cost] = {}
+        self._folded: dict[tuple[int, ...], Cost] = {}
         self._parts: dict[tuple[int, str], Parts] = {}
         self._layouts: dict[object, Layouts] = {}
+        self._sizes: dict[int, tuple[Layouts, dict[str, int]]] = {}
 
     def _segment(self, index: int, may_split: MaySplit | None) -> Segment:
-        item = self.outline.items[index]
+        item = self.outline.segments[index]
         ops = self.graph.ops[item.begin : item.end]
         graph = cut_out(self.graph, ops, item.path or self.graph.name)
         loops: dict[str, str] = {}
         if self.outline.follows(index):
-            before = self.outline.items[index - 1]
+            before = self.outline.segments[index - 1]
             pairs = zip(self.graph.ops[before.begin : before.end], ops, strict=True)
             loops = {
                 theirs: mine
@@ -152,6 +200,8 @@ class Stack:
             num_samples=self.num_samples,
             loops=loops,
             may_split=may_split,
+            whole_weights=item.path is None and item.kind in self.outline.original,
+            num_forwards=1 if item.path is None else self.outline.num_passes,
         )
 
     def _priced(self, graph: OpGraph, device: Device) -> Parts:
@@ -172,7 +222,8 @@ class Stack:
             fastest = None if room >= 1 else self.fastest(weights, time_limit_s=time_limit_s)
             limits: dict[int, float] = {}
             for kind, segment in self.segments.items():
-                if fastest is not None:
+                # Passes before the last keep nothing, and are split as it is.
+                if fastest is not None and kind not in self.outline.original:
                     least = segment.least_memory(weights)
                     most = fastest.chosen[kind].memory
                     limits[kind] = least + room * max(0.0, most - least)
@@ -193,16 +244,22 @@ class Stack:
         made: dict[str, End] = {}
         taken: dict[str, list[End]] = {}
         chosen: dict[int, Chosen] = {}
-        order = sorted(self.segments, key=lambda kind: (not self.segments[kind].loops, kind))
+        original = self.outline.original
+        order = sorted(
+            self.segments, key=lambda kind: (kind in original, not self.segments[kind].loops, kind)
+        )
         for kind in order:
             segment = self.segments[kind]
+            fixed = dims
+            if kind in original and dims is None:
+                fixed = self._as_last(kind, chosen[original[kind]])
             outputs = {name for op in segment.ops for name in op.outputs}
             inputs = {name for op in segment.ops for name in op.inputs} - outputs
             found = segment.solve(
                 weights,
                 {name: made[name] for name in inputs if name in made and not segment.loops},
                 {name: taken[name] for name in outputs if name in taken},
-                fixed=dims,
+                fixed=fixed,
                 memory_limit=limits.get(kind, float("inf")) * (1 + 1e-9),
                 time_limit_s=time_limit_s,
                 gap=_GAP,
@@ -212,13 +269,23 @@ class Stack:
             self._spread(kind, found, made, taken)
         return Layouts(chosen)
 
+    def _as_last(self, kind: int, last: Chosen) -> dict[str, Dims] | None:
+        """How a block's operators are split in a pass before the last: as there, so that one part
+        of the weights serves both. None outside the blocks, where weights stay whole.
+        """
+        own, theirs = self.segments[kind].ops, self.segments[self.outline.original[kind]].ops
+        if [op.target for op in own] != [op.target for op in theirs]:
+            return None
+        pairs = zip(own, theirs, strict=True)
+        return {mine.name: last.dims[op.name] for mine, op in pairs if op.name in last.dims}
+
     def _spread(
         self, kind: int, found: Chosen, made: dict[str, End], taken: dict[str, list[End]]
     ) -> None:
         """Note the ends of every copy of a kind."""
         outline = self.outline
         own = self.segments[kind].ops
-        for index, item in enumerate(outline.items):
+        for index, item in enumerate(outline.segments):
             if item.kind != kind:
                 continue
             names: dict[str, str] = {}
@@ -250,15 +317,39 @@ class Stack:
                     )
                 self._costs[key] = segment.cost(chosen, parts)
             found[kind] = self._costs[key]
-        return tuple(found[item.kind] for item in self.outline.items)
+        every = [found[item.kind] for item in self.outline.segments]
+        if self.outline.num_passes == 1:
+            return tuple(every)
+        return tuple(
+            self._with_earlier(found[item.kind], tuple(every[place] for place in earlier))
+            for item, earlier in zip(self.outline.items, self.outline.earlier, strict=True)
+        )
+
+    def _with_earlier(self, last: Cost, earlier: tuple[Cost, ...]) -> Cost:
+        """A pass with what those before it take: forward alone."""
+        key = (id(last), *map(id, earlier))
+        if key not in self._folded:
+            seconds = sum(cost.forward_s for cost in earlier)
+            self._folded[key] = replace(
+                last,
+                forward_s=last.forward_s + seconds,
+                earlier_s=seconds,
+                temporary_bytes=max(cost.temporary_bytes for cost in (last, *earlier)),
+            )
+        return self._folded[key]
 
     def sizes(self, layouts: Layouts) -> dict[str, int]:
         """Return the bytes one rank has of every tensor that depends on a parameter, as made."""
+        if id(layouts) not in self._sizes:
+            self._sizes[id(layouts)] = layouts, self._sized(layouts)
+        return self._sizes[id(layouts)][1]
+
+    def _sized(self, layouts: Layouts) -> dict[str, int]:
         found: dict[str, int] = {}
         for kind, chosen in layouts.chosen.items():
             own = self.segments[kind].ops
             parts = {name: share(end.tensor, self.axes) for name, end in chosen.makes.items()}
-            for item in self.outline.items:
+            for item in self.outline.segments:
                 if item.kind != kind:
                     continue
                 theirs = self.graph.ops[item.begin : item.end]

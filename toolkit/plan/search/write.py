@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from toolkit.hardware import Cluster
 from toolkit.ir.graph import OpGraph
+from toolkit.plan import recycling
 from toolkit.plan.order import families
 from toolkit.plan.plan import AxisName, Placement, Plan, Prediction, Split, Stage
 from toolkit.plan.predict.costs import model_flops
@@ -29,13 +30,13 @@ def plan(
     """
     order = families.build(candidate.schedule, candidate.mesh.pipeline, candidate.microbatches)
     devices = [places[0] for places in order.placement]
-    moved = dict(zip(devices, candidate.positions, strict=True))
+    moved = dict(zip(devices[-len(candidate.positions) :], candidate.positions, strict=True))
     rows = {moved[place]: row for place, row in enumerate(order.rows)}
     return Plan(
         strategy=STRATEGY,
         provenance=subject.provenance(cluster),
         mesh=candidate.mesh.axes,
-        placements=(*(inner or ()), *_data(candidate, subject)),
+        placements=(*(inner or ()), *_data(candidate, outline)),
         stages=_stages(candidate, outline),
         microbatches=candidate.microbatches,
         schedule=candidate.schedule,
@@ -68,9 +69,9 @@ def estimated(made: Plan, candidate: Candidate, subject: Subject, cluster: Clust
     )
 
 
-def _data(candidate: Candidate, subject: Subject) -> Iterator[Placement]:
+def _data(candidate: Candidate, outline: Outline) -> Iterator[Placement]:
     if candidate.mesh.data > 1:
-        for path in (*subject.blocks, ""):
+        for path in (*outline.blocks, ""):
             yield Placement(path, "data", candidate.parameters)
 
 
@@ -81,7 +82,11 @@ def _stages(candidate: Candidate, outline: Outline) -> tuple[Stage, ...]:
         paths = tuple(item.path for item in items if item.path is not None)
         begins_at = items[0].path if number else None
         found.append(Stage(begins_at, paths, (candidate.positions[number],)))
-    return tuple(found)
+    if len(found) == 1 or outline.num_passes == 1:
+        return tuple(found)
+    entries = recycling.entries(candidate.stack.graph, outline.blocks)
+    *early, last = ((replace(found[0], begins_at=entry), *found[1:]) for entry in entries)
+    return (*(replace(one, no_grad=True) for stages in early for one in stages), *last)
 
 
 def _recomputed(candidate: Candidate, outline: Outline) -> tuple[str, ...]:
@@ -113,21 +118,17 @@ def _patterns(name: str, index: int, outline: Outline, graph: OpGraph) -> Iterat
     """Yield what names an operator in all copies of its block: one pattern, unless blocks of
     another kind would match too.
     """
-    item = outline.items[index]
+    item = outline.segments[index]
     if item.path is None:
         yield name
         return
     parent = item.path.rpartition(".")[0]
-    siblings = [
-        (number, one)
-        for number, one in enumerate(outline.items)
-        if one.path is not None and one.path.rpartition(".")[0] == parent
-    ]
+    siblings = outline.siblings(item)
     inside = name.removeprefix(item.path)
-    if all(one.kind == item.kind for _, one in siblings):
+    if all(one.kind == item.kind for one in siblings):
         yield f"{parent}.*{inside}"
         return
     place = [op.name for op in graph.ops[item.begin : item.end]].index(name)
-    for _, one in siblings:
+    for one in siblings:
         if one.kind == item.kind:
             yield graph.ops[one.begin + place].name

@@ -211,6 +211,7 @@ def local_graph(walk: Walk, stage: int, rank: int) -> OpGraph:
             shapes[name] = mask.shape
     tensors = {}
     made = {name for op in ops for name in op.outputs}
+    here = {op.name for op in ops}
     for name, shape in shapes.items():
         tensor = graph.tensors[name]
         role = tensor.role if name in made or tensor.role != "activation" else "input"
@@ -221,7 +222,7 @@ def local_graph(walk: Walk, stage: int, rank: int) -> OpGraph:
         name
         for name in tensors
         if name in made
-        and (name in graph.outputs or any(o not in ops for o in graph.consumers[name]))
+        and (name in graph.outputs or any(o.name not in here for o in graph.consumers[name]))
     )
     return replace(
         graph, ops=ops, tensors=tensors,
