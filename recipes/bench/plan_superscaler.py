@@ -8,7 +8,7 @@ of 16 V100 with 32 GB, float16. Nothing is run: every figure is simulated, under
 says what a space holds, not how well a system uses it. The spaces, all searched by the same search:
 
 deepspeed  no pipeline; data parallel with ZeRO-1, 2 or 3; tensor parallel by heads, features and
-           vocabulary; recomputation
+           vocabulary; recomputation; states on the host where nothing fits without
 megatron   tensor parallel as above; 1F1B or interleaved pipelines; data parallel replicated or
            with ZeRO-1; recomputation
 alpa       each operator split as an integer program finds; 1F1B pipelines; replicated over data;
@@ -30,7 +30,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,11 @@ SPACES: dict[str, dict[str, Any]] = {
     },
     "megatron": {
         "context": 1, "splits": ["regions"], "plans": [], "schedules": ["1f1b", "interleaved"],
-        "parameters": ["replicate", "shard_optimizer"],
+        "parameters": ["replicate", "shard_optimizer"], "offload": ["none"],
     },
     "alpa": {
         "splits": ["searched"], "plans": [], "schedules": ["1f1b"], "parameters": ["replicate"],
+        "offload": ["none"],
     },
     "ours": {"splits": ["regions", "searched"]},
 }  # fmt: skip
@@ -75,7 +76,10 @@ _DEEPSPEED = {
     **_BASELINE, "pipeline": 1, "context": 1, "splits": ["heads"],
     "parameters": ["shard_optimizer", "shard_gradients", "shard"],
 }  # fmt: skip
-_ALPA = {**_BASELINE, "pipeline": 1, "splits": ["searched"], "parameters": ["replicate"]}
+_ALPA = {
+    **_BASELINE, "pipeline": 1, "splits": ["searched"], "parameters": ["replicate"],
+    "offload": ["none"],
+}  # fmt: skip
 
 
 def _scripts(family: str, devices: int) -> dict[str, dict[str, Any]]:
@@ -90,7 +94,7 @@ def _scripts(family: str, devices: int) -> dict[str, dict[str, Any]]:
     if family == "swin":
         degree, stages = {4: (2, 2), 8: (4, 2), 16: (4, 4), 32: (8, 4)}[devices]
         batch = {"batch": 16} if devices >= 16 else {}
-        offload = {"offload": ["optimizer", "parameters"]} if _OFFLOADS else {}
+        offload = {"offload": ["optimizer", "parameters"]}
         return {
             "deepspeed": {**_DEEPSPEED, "tensor": degree, **offload, **batch},
             "alpa": {**_ALPA, **batch},
@@ -102,7 +106,7 @@ def _scripts(family: str, devices: int) -> dict[str, dict[str, Any]]:
             "deepspeed": _DEEPSPEED,
             "megatron": {
                 **_BASELINE, "context": 1, "splits": ["heads"], "schedules": ["1f1b"],
-                "parameters": ["replicate"], "equal_stages": True,
+                "parameters": ["replicate"], "equal_stages": True, "offload": ["none"],
             },
             "alpa": _ALPA,
             "ours": {**ours, "max_pipeline": 4, "max_tensor": most},
@@ -112,8 +116,6 @@ def _scripts(family: str, devices: int) -> dict[str, dict[str, Any]]:
     return {}
 
 
-# Whether this version can leave states on the host.
-_OFFLOADS = "offload" in {item.name for item in fields(Constraints)}
 console = Console(stderr=True, highlight=False)
 
 
