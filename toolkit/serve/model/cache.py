@@ -68,15 +68,19 @@ class PagedKV:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return zeros (padding is read, and 0 x NaN is NaN) whose pages are not touched yet.
+    """Return zeros, because padding is read, and 0 x NaN is NaN."""
+    return torch.frombuffer(large_pages(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
-    Anonymous memory: the system hands it out as blocks are first written, and on large pages
-    where it can, for blocks lie scattered and every one would else be a page to look up.
+
+def large_pages(num_bytes: int) -> mmap.mmap:
+    """Return zeroed memory that the system hands out as it is first written, in large pages if any.
+
+    What is read here lies scattered or is streamed through, and every small page would be one more
+    to look up.
     """
-    size = math.prod(shape) * dtype.itemsize
-    pages = mmap.mmap(-1, size)
+    pages = mmap.mmap(-1, num_bytes)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # Refused by kernels without large pages: then small ones do.
         with contextlib.suppress(OSError):
             pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    return pages

@@ -17,7 +17,7 @@ from toolkit.serve.model.decoder import rotary
 from toolkit.serve.model.grouped import Weight, dense
 from toolkit.serve.model.inputs import StepInput
 from toolkit.serve.model.kernels.library import CCache, CLayer, CModel, CStep, Team, library
-from toolkit.serve.model.kernels.packed import Format, PackedMatrix, aligned, pack, side_by_side
+from toolkit.serve.model.kernels.packed import Arena, Format, PackedMatrix, pack, side_by_side
 from toolkit.serve.model.loaded import take_layer
 
 # Activations are padded to this many numbers, and so are the weights they are scaled by.
@@ -43,6 +43,7 @@ class NativeDecoder:
         `kv_dtype` is float32 or float16. Raises ToolkitError where the kernels cannot be built.
         """
         self.config, self.library, self.kv_dtype = config, library(), kv_dtype
+        self._arena = Arena()
         self._kept: list[np.ndarray] = []
         self._matrices: list[PackedMatrix] = []
         embedding = weights.pop("embed_tokens.weight")
@@ -50,7 +51,7 @@ class NativeDecoder:
         cos, sin = rotary(config)
         half = config.head_size // 2
         norm = weights.pop("norm.weight")
-        self._head = pack(head, self.library)
+        self._head = pack(head, self.library, arena=self._arena)
         self._matrices.append(self._head)
         layers = (CLayer * config.num_layers)(
             *(self._layer(weights, f"layers.{i}.") for i in range(config.num_layers))
@@ -184,7 +185,7 @@ class NativeDecoder:
         )
 
     def _matrix(self, weight: Weight, bias: torch.Tensor | None = None) -> Any:
-        self._matrices.append(pack(weight, self.library, bias))
+        self._matrices.append(pack(weight, self.library, bias, self._arena))
         return self._matrices[-1].c
 
     def _padded(self, vector: torch.Tensor) -> int:
@@ -192,7 +193,7 @@ class NativeDecoder:
 
     def _keep(self, tensor: torch.Tensor) -> int:
         """Hold a float32 tensor and return its address."""
-        self._kept.append(aligned(tensor))
+        self._kept.append(self._arena.place(tensor))
         return int(self._kept[-1].ctypes.data)
 
 

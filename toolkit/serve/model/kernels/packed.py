@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from toolkit.serve.model.cache import large_pages
 from toolkit.serve.model.grouped import GROUP, Grouped, Weight
 from toolkit.serve.model.kernels.library import CMatrix, Library
 
@@ -48,17 +49,42 @@ class PackedMatrix:
         return CMatrix(self.format, self.rows, self.columns, 0, self.panels.ctypes.data, bias)
 
 
-def pack(weight: Weight, library: Library, bias: torch.Tensor | None = None) -> PackedMatrix:
+class Arena:
+    """Memory for packed weights, in few large pieces on large pages where the system has them.
+
+    A step streams through all weights: on small pages it would look up a new one every 4 kB.
+    """
+
+    def __init__(self, piece_bytes: int = 64 << 20) -> None:
+        self._piece_bytes, self._piece, self._used = piece_bytes, np.empty(0, np.uint8), 0
+
+    def place(self, values: torch.Tensor) -> np.ndarray:
+        """Return a contiguous copy of `values`, flat, that begins on a cache line."""
+        size = values.numel() * values.element_size()
+        if self._used + size > len(self._piece):
+            self._piece = np.frombuffer(large_pages(max(size, self._piece_bytes)), np.uint8)
+            self._used = 0
+        room = self._piece[self._used : self._used + size]
+        self._used += -(-size // 64) * 64
+        held = torch.from_numpy(room).view(values.dtype)
+        held.view(values.shape).copy_(values)
+        return held.numpy()
+
+
+def pack(
+    weight: Weight, library: Library, bias: torch.Tensor | None = None, arena: Arena | None = None
+) -> PackedMatrix:
     """Lay a weight `[out, in]` out in panels; outputs are padded with zeros to whole panels."""
+    arena = arena or Arena(piece_bytes=0)
     rows, columns = weight.shape
     short = -rows % library.panel
-    padded_bias = None if bias is None else aligned(F.pad(bias, (0, short)))
+    padded_bias = None if bias is None else arena.place(F.pad(bias, (0, short)))
     if isinstance(weight, Grouped):
         kind, panels = _grouped(weight, short, library)
     else:
         kind = Format.FLOAT32
         panels = F.pad(weight, (0, 0, 0, short)).unflatten(0, (-1, library.panel)).transpose(1, 2)
-    return PackedMatrix(kind, rows, rows + short, columns, aligned(panels), padded_bias)
+    return PackedMatrix(kind, rows, rows + short, columns, arena.place(panels), padded_bias)
 
 
 def side_by_side(gate: Weight, up: Weight, library: Library) -> Weight:
@@ -111,14 +137,3 @@ def _grouped(weight: Grouped, short: int, library: Library) -> tuple[Format, tor
         for part in parts
     ]
     return kind, torch.cat([*heads, content.flatten(2)], dim=-1)
-
-
-def aligned(values: torch.Tensor) -> np.ndarray:
-    """Return a contiguous copy that begins on a cache line, on large pages where there are any."""
-    size = values.numel() * values.element_size()
-    # numpy asks the system for large pages, torch does not.
-    room = np.empty(size + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    held = room[start : start + size].view(torch.empty(0, dtype=values.dtype).numpy().dtype)
-    torch.from_numpy(held).view(values.shape).copy_(values)
-    return held

@@ -84,6 +84,8 @@ inline void quantise(const Activations& a, int format, int row) {
 constexpr int TILE_ROWS = L == 16 ? 12 : 6;
 // Rows that go through a run of panels together, so that they stay in the second cache.
 constexpr int BLOCK_ROWS = 20 * TILE_ROWS;
+// Bytes of a panel that are fetched before they are needed.
+constexpr int AHEAD = 4096;
 // k of a float panel that stay in the first cache while all rows pass.
 constexpr int BLOCK_K = 256;
 
@@ -129,7 +131,7 @@ inline void tile_int8(const Activations& a, int row, const uint8_t* w, F (&sums)
     for (int r = 0; r < ROWS; ++r)
       parts[r][0] = parts[r][1] = int8_start(a.sums[first_group + (size_t)r * a.groups + g]);
     for (int i = 0; i < GROUP; i += INT8_K, level += NR * INT8_K) {
-      __builtin_prefetch(level + 2048);
+      __builtin_prefetch(level + AHEAD);
       const Weights8 w0 = load_weights8(level), w1 = load_weights8(level + L * INT8_K);
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r) {
@@ -161,7 +163,7 @@ inline void tile_int4(const Activations& a, int row, const uint8_t* w, F (&sums)
     for (int r = 0; r < ROWS; ++r) parts[r][0] = parts[r][1] = sum4_zero();
 #pragma GCC unroll 8
     for (int i = 0; i < GROUP; i += 4, level += 2 * NR) {
-      __builtin_prefetch(level + 2048);
+      __builtin_prefetch(level + AHEAD);
       const Weights4 pair = load_weights4(level);
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r) {
@@ -235,7 +237,7 @@ struct Output {
           for (int v = 0; v < 2; ++v) sums[r][v] = start ? load(kept + r * NR + v * L) : zero();
         const float* from = (const float*)w + (size_t)start * NR;
         tile_float<ROWS, 2>(a.values + (size_t)row * a.stride + start, a.stride, from, from + L, NR,
-                            size, sums);
+                            size, sums, row == first ? from + AHEAD / sizeof(float) : nullptr);
         for (int r = 0; r < ROWS; ++r)
           if (start + size == m.k) {
             out.put(panel, row + r, sums[r][0], sums[r][1]);
