@@ -10,7 +10,7 @@ from toolkit.cost.calibration import Calibration
 from toolkit.errors import InfeasibleError, UsageError
 from toolkit.hardware import Cluster
 from toolkit.hardware.scaled import scaled
-from toolkit.plan import chain, predict, recycling
+from toolkit.plan import chain, planner, predict, recycling
 from toolkit.plan.library import megatron, sequence_parallel
 from toolkit.plan.plan import Placement, Plan
 from toolkit.plan.search import write
@@ -152,7 +152,12 @@ def _best(
         if written is None:
             raise _nothing(extras, limit) if outer is None else _infeasible(outer, limit)
         return written.plan, written, ()
-    plan, best = _finalist(outer, limit)
+    try:
+        plan, best = _finalist(outer, limit)
+    except InfeasibleError:
+        if written is None:
+            raise
+        return written.plan, written, ()
     changes = (*_more_memory(outer, best), *_more_bandwidth(outer, best))
     assert plan.prediction is not None
     if written is not None and written.step_s < plan.prediction.step_s:
@@ -199,13 +204,18 @@ def _placed(candidate: Candidate, subject: Subject) -> tuple[Placement, ...] | N
 
 
 def _finalist(outer: Outer, limit: float) -> tuple[Plan, Candidate]:
-    """Predict the fastest few in full; the best of those that fit, else the fastest estimated.
+    """Predict the fastest few in full, and of the others until one fits; return the best that does.
 
     Where operators are split, a prediction prices one that reads a tensor whole at the shape the
-    tensor is made in, a part: there the estimate is heeded, too.
+    tensor is made in, a part: there the estimate is heeded, too. Raises InfeasibleError when only
+    estimates fit.
     """
     found: list[tuple[float, Plan, Candidate]] = []
-    for candidate in outer.frontier.fastest[:_FINALISTS]:
+    frontier = outer.frontier
+    tried = {id(one): one for one in (*frontier.fastest, *frontier.members)}.values()
+    for place, candidate in enumerate(tried):
+        if place >= _FINALISTS and any(_fits(plan) for _, plan, _ in found):
+            break
         plan = written(candidate, outer)
         assert plan.prediction is not None
         plan = replace(plan, prediction=replace(plan.prediction, memory_limit_bytes=int(limit)))
@@ -214,9 +224,20 @@ def _finalist(outer: Outer, limit: float) -> tuple[Plan, Candidate]:
         if candidate.split != WHOLE:
             step_s = max(step_s, candidate.step_s)
         found.append((step_s, plan, candidate))
-    fitting = [one for one in found if one[1].prediction and one[1].prediction.fits]
-    _, plan, best = min(fitting or found[:1], key=lambda one: one[0])
+    fitting = [one for one in found if _fits(one[1])]
+    if not fitting:
+        planner.check_memory(min(found, key=lambda one: _peak_bytes(one[1]))[1])
+    _, plan, best = min(fitting, key=lambda one: one[0])
     return plan, best
+
+
+def _fits(plan: Plan) -> bool:
+    return plan.prediction is not None and plan.prediction.fits
+
+
+def _peak_bytes(plan: Plan) -> int:
+    assert plan.prediction is not None
+    return plan.prediction.peak_bytes
 
 
 def _more_memory(outer: Outer, best: Candidate) -> tuple[Change, ...]:
