@@ -36,6 +36,12 @@ def test_the_rank_that_lost_its_peer_is_not_blamed() -> None:
         launch.run(["-c", script], 2)
 
 
+def test_where_all_fail_the_one_that_says_why_is_shown() -> None:
+    script = RANK + "rank == 0 and time.sleep(0.7); sys.exit('the cause' if rank == 0 else 2)"
+    with pytest.raises(ToolkitError, match=r"rank 0 of 2 failed.*\n.*the cause"):
+        launch.run(["-c", script], 2)
+
+
 def test_ranks_that_hang_are_ended() -> None:
     with pytest.raises(ToolkitError, match=r"2 ranks did not finish within 0\.5 s"):
         launch.run(["-c", "import time; time.sleep(60)"], 2, timeout_s=0.5)

@@ -17,6 +17,8 @@ from toolkit.hardware.affinity import thread_environment, usable_cores
 
 # The last lines of a failed rank's output that are shown.
 _TAIL_LINES = 12
+# How long others may take to fail of the same cause, and say so, before one is blamed.
+_SETTLE_S = 2.0
 # How long the others may take to notice and end before they are ended.
 _GRACE_S = 5.0
 
@@ -74,8 +76,10 @@ def _wait(
     while any(process.poll() is None for process in ranks):
         failed = [rank for rank, process in enumerate(ranks) if process.poll()]
         if failed:
-            # A rank that lost its peer fails a moment after it: look again for the root cause.
-            time.sleep(0.2)
+            # Where all fail alike one may say why, and a rank that lost its peer fails after it.
+            settled = time.monotonic() + _SETTLE_S
+            while time.monotonic() < settled and any(one.poll() is None for one in ranks):
+                time.sleep(0.05)
             raise _failure(ranks, logs)
         if time.monotonic() > deadline:
             raise ToolkitError(
@@ -91,12 +95,17 @@ def _wait(
 
 
 def _failure(ranks: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path]) -> ToolkitError:
-    """The error of the rank to blame: a killed one first, then one that lost no peer."""
+    """The error of the rank to blame: a killed one first, then one that lost no peer, says why."""
     failed = [(rank, process.poll()) for rank, process in enumerate(ranks) if process.poll()]
     tails = {rank: _tail(logs[rank]) for rank, _ in failed}
     rank, code = min(
         failed,
-        key=lambda entry: ((entry[1] or 0) > 0, "closed by peer" in tails[entry[0]], entry[0]),
+        key=lambda entry: (
+            (entry[1] or 0) > 0,
+            "closed by peer" in tails[entry[0]],
+            not tails[entry[0]],
+            entry[0],
+        ),
     )
     assert code is not None
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed (exit {code})"
