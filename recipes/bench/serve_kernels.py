@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--quantize", nargs="+", default=["none", "int8", "int4"])
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--prefill", type=int, default=1024, help="prompt tokens; 0 leaves it out")
     parser.add_argument("--requests", type=int, default=32, help="of 128 in, 128 out; 0: none")
     parser.add_argument("--quality", type=int, default=4096, help="tokens of held text; 0: none")
@@ -200,7 +200,7 @@ def requests(engine: Any, count: int) -> dict[str, float]:
 
 def show(name: str, values: dict[str, Any]) -> None:
     shown = "  ".join(
-        f"{key} {value:.3g}" if isinstance(value, float) and abs(value) < 100 else
+        f"{key} {value:.4g}" if isinstance(value, float) and abs(value) < 100 else
         f"{key} {value:.0f}" if isinstance(value, float) else f"{key} {value}"
         for key, value in values.items()
     )  # fmt: skip
