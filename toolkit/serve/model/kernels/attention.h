@@ -39,6 +39,7 @@ constexpr int SPAN_TOKENS = 64;
 struct Task {
   const Sequence* sequence;
   int first, last;  // tokens of the sequence's rows
+  bool whole() const { return last - first == sequence->num_rows; }
 };
 
 inline int task_tokens(const AttentionShape& shape) {
@@ -73,21 +74,19 @@ class Attention {
         key_tile_((size_t)shape.head_size * cache.padded_block),
         value_tile_((size_t)cache.block_size * cache.padded_head) {}
 
-  // Store the key and value of one token, already rotated, at its slot. Reads and writes whole
-  // vectors: what stands beyond a head goes into padding that nobody looks at.
-  void write(int slot, const float* key, const float* value) const {
+  // Store a token's key and value under one head, already rotated, at its slot. Reads and writes
+  // whole vectors: what stands beyond a head goes into padding that nobody looks at.
+  void write(int slot, int head, const float* key, const float* value) const {
     const int block = slot / cache_.block_size, offset = slot % cache_.block_size;
     const int size = shape_.head_size;
-    for (int h = 0; h < shape_.kv_heads; ++h, key += size, value += size) {
-      Kept* k = keys_of(block, h) + offset;
-      Kept* v = values_of(block, h) + (size_t)offset * cache_.padded_head;
-      for (int d = 0; d < size; d += L) {
-        store(v + d, load(value + d));
-        Kept lanes[L];
-        store(lanes, load(key + d));
-        for (int i = 0; i < L && d + i < size; ++i)
-          k[(size_t)(d + i) * cache_.padded_block] = lanes[i];
-      }
+    Kept* k = keys_of(block, head) + offset;
+    Kept* v = values_of(block, head) + (size_t)offset * cache_.padded_head;
+    for (int d = 0; d < size; d += L) {
+      store(v + d, load(value + d));
+      Kept lanes[L];
+      store(lanes, load(key + d));
+      for (int i = 0; i < L && d + i < size; ++i)
+        k[(size_t)(d + i) * cache_.padded_block] = lanes[i];
     }
   }
 

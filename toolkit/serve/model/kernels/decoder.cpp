@@ -68,14 +68,18 @@ struct Rows {
   }
 };
 
+// Up to so many rows every member normalises and quantises for itself: less than a barrier takes.
+constexpr int OWN_ROWS = 2;
+
 struct Context {
   Team team;
   Rows residual, normed, qkv, mixed, gated, drawn;
+  std::vector<Rows> own;
   std::vector<Buffer<float>> partial;
   std::vector<AttentionScratch> attention;
   std::vector<Task> tasks;
   Context(int members, const int* cpus, int num_cpus)
-      : team(members, cpus, num_cpus), partial(members), attention(members) {
+      : team(members, cpus, num_cpus), own(members), partial(members), attention(members) {
     for (auto& each : partial) each.size_for((size_t)BLOCK_ROWS * NR);
   }
 };
@@ -152,12 +156,15 @@ class Walk {
     c_.gated.size_for(rows, m_.ffn);
     c_.drawn.size_for(step.num_samples, m_.hidden);
     for (auto& each : c_.attention) each.size_for(shape_, cache_);
+    const int widest = std::max({m_.hidden, m_.heads * m_.head_size, m_.ffn});
+    for (auto& each : c_.own) each.size_for(OWN_ROWS, widest);
     c_.tasks.clear();
     const int tokens = task_tokens(shape_);
     for (int i = 0; i < step.num_sequences; ++i)
       for (int first = 0; first < step.sequences[i].num_rows; first += tokens)
         c_.tasks.push_back({step.sequences + i, first,
                             std::min(first + tokens, step.sequences[i].num_rows)});
+    for (const Task& task : c_.tasks) whole_ = whole_ && task.whole();
   }
 
   void run() {
@@ -179,41 +186,46 @@ class Walk {
     for (int i = 0; i < m_.layers; ++i) {
       const Layer& layer = m_.layer[i];
       const Attention<Kept> attention(shape_, cache_, i, step_.tables);
-      by_row(phase++, [&](int row) {
-        norm_row(c_.residual, row, layer.attention_norm, c_.normed, row, layer.qkv.format);
-      });
-      product(phase++, layer.qkv, c_.normed, rows, partial,
+      const auto normed = norm_rows(member, phase++, layer.attention_norm, layer.qkv.format);
+      product(phase++, layer.qkv, normed, rows, partial,
               {Output::STORE, c_.qkv.view.values, c_.qkv.view.stride, layer.qkv.bias});
-      by_row(phase++, [&](int row) { place(layer, attention, row); });
-      team.runs(phase++, (int)c_.tasks.size() * m_.kv_heads, 1, [&](int task, int) {
-        attention.run(c_.tasks[task / m_.kv_heads], task % m_.kv_heads, c_.qkv.view.values,
-                      c_.qkv.view.stride, c_.mixed.view.values, c_.mixed.view.stride,
-                      c_.attention[member]);
+      // Keys and values must be in place before any task reads them; a task that is all there is
+      // of its sequence in this step sees to its own.
+      if (!whole_)
+        by_row(phase, [&](int row) {
+          for (int head = 0; head < m_.kv_heads; ++head) place(layer, attention, row, head);
+        });
+      ++phase;
+      team.runs(phase++, (int)c_.tasks.size() * m_.kv_heads, 1, [&](int number, int) {
+        const Task& task = c_.tasks[number / m_.kv_heads];
+        const int head = number % m_.kv_heads;
+        for (int i = 0; whole_ && i < task.last; ++i)
+          place(layer, attention, task.sequence->first_row + i, head);
+        attention.run(task, head, c_.qkv.view.values, c_.qkv.view.stride, c_.mixed.view.values,
+                      c_.mixed.view.stride, c_.attention[member]);
       });
       team.barrier();
-      quantise_rows(phase++, c_.mixed, layer.output.format);
-      product(phase++, layer.output, c_.mixed, rows, partial,
+      const auto mixed = quantise_rows(member, phase++, c_.mixed, layer.output.format);
+      product(phase++, layer.output, mixed, rows, partial,
               {Output::ADD, c_.residual.view.values, c_.residual.view.stride, layer.output.bias});
-      by_row(phase++, [&](int row) {
-        norm_row(c_.residual, row, layer.ffn_norm, c_.normed, row, layer.gate_up.format);
-      });
-      product(phase++, layer.gate_up, c_.normed, rows, partial,
+      const auto fed = norm_rows(member, phase++, layer.ffn_norm, layer.gate_up.format);
+      product(phase++, layer.gate_up, fed, rows, partial,
               {Output::GATE, c_.gated.view.values, c_.gated.view.stride, nullptr});
-      quantise_rows(phase++, c_.gated, layer.down.format);
-      product(phase++, layer.down, c_.gated, rows, partial,
+      const auto gated = quantise_rows(member, phase++, c_.gated, layer.down.format);
+      product(phase++, layer.down, gated, rows, partial,
               {Output::ADD, c_.residual.view.values, c_.residual.view.stride, layer.down.bias});
     }
     team.runs(phase++, step_.num_samples + step_.num_pooled, 1, [&](int i, int) {
       const int pooled = i - step_.num_samples;
       if (pooled < 0)
-        norm_row(c_.residual, step_.sample_rows[i], m_.norm, c_.drawn, i, m_.head.format);
+        norm_row(step_.sample_rows[i], m_.norm, c_.drawn.view, i, m_.head.format);
       else
         normalise(c_.residual.view.values + (size_t)step_.pooled_rows[pooled] * c_.residual.view.stride,
                   m_.norm, step_.hidden + (size_t)pooled * step_.hidden_stride, m_.hidden, m_.eps);
     });
     team.barrier();
     if (step_.num_samples)
-      product(phase, m_.head, c_.drawn, step_.num_samples, partial,
+      product(phase, m_.head, c_.drawn.view, step_.num_samples, partial,
               {Output::STORE, step_.logits, step_.logits_stride, nullptr});
   }
 
@@ -226,9 +238,9 @@ class Walk {
     c_.team.barrier();
   }
 
-  void product(int phase, const Matrix& m, const Rows& x, int rows, float* partial,
+  void product(int phase, const Matrix& m, const Activations& x, int rows, float* partial,
                const Output& out) {
-    multiply(c_.team, phase, m, x.view, rows, partial, out);
+    multiply(c_.team, phase, m, x, rows, partial, out);
     c_.team.barrier();
   }
 
@@ -241,30 +253,59 @@ class Walk {
       unpack_row(m_.head, token, m_.hidden, to);
   }
 
-  void norm_row(const Rows& from, int row, const float* weight, const Rows& to, int to_row,
-                int format) {
-    normalise(from.view.values + (size_t)row * from.view.stride, weight,
-              to.view.values + (size_t)to_row * to.view.stride, m_.hidden, m_.eps);
-    if (format != FLOAT32) quantise(to.view, format, to_row);
+  void norm_row(int row, const float* weight, const Activations& to, int to_row, int format) {
+    normalise(c_.residual.view.values + (size_t)row * c_.residual.view.stride, weight,
+              to.values + (size_t)to_row * to.stride, m_.hidden, m_.eps);
+    if (format != FLOAT32) quantise(to, format, to_row);
   }
 
-  void quantise_rows(int phase, const Rows& x, int format) {
-    if (format != FLOAT32) by_row(phase, [&](int row) { quantise(x.view, format, row); });
+  bool by_oneself() const { return step_.num_tokens <= OWN_ROWS; }
+
+  // What a member keeps to itself of activations shaped as `like`.
+  Activations own(int member, const Activations& like) {
+    Activations mine = c_.own[member].view;
+    mine.stride = like.stride, mine.groups = like.groups;
+    return mine;
   }
 
-  // Normalise and rotate a row's queries and keys, and put its keys and values in the cache.
-  void place(const Layer& layer, const Attention<Kept>& attention, int row) {
+  // The residual stream normalised, and quantised for products of `format`.
+  Activations norm_rows(int member, int phase, const float* weight, int format) {
+    if (!by_oneself()) {
+      by_row(phase, [&](int row) { norm_row(row, weight, c_.normed.view, row, format); });
+      return c_.normed.view;
+    }
+    const Activations to = own(member, c_.normed.view);
+    for (int row = 0; row < step_.num_tokens; ++row) norm_row(row, weight, to, row, format);
+    return to;
+  }
+
+  Activations quantise_rows(int member, int phase, const Rows& x, int format) {
+    if (format == FLOAT32) return x.view;
+    if (!by_oneself()) {
+      by_row(phase, [&](int row) { quantise(x.view, format, row); });
+      return x.view;
+    }
+    Activations to = own(member, x.view);
+    to.values = x.view.values;
+    for (int row = 0; row < step_.num_tokens; ++row) quantise(to, format, row);
+    return to;
+  }
+
+  // Normalise and rotate what a row has under one key-value head: its queries and its key, which
+  // goes into the cache with its value.
+  void place(const Layer& layer, const Attention<Kept>& attention, int row, int head) {
     float* q = c_.qkv.view.values + (size_t)row * c_.qkv.view.stride;
-    const int size = m_.head_size, half = size / 2;
+    const int size = m_.head_size, half = size / 2, group = shape_.group();
     const float* cos = m_.cos + (size_t)step_.positions[row] * half;
     const float* sin = m_.sin + (size_t)step_.positions[row] * half;
-    for (int h = 0; h < m_.heads + m_.kv_heads; ++h) {
-      const float* norm = h < m_.heads ? layer.q_norm : layer.k_norm;
-      if (norm) normalise_head(q + h * size, norm, size, m_.eps);
-      rotate(q + h * size, cos, sin, half);
+    float* key = q + (m_.heads + head) * size;
+    for (int i = 0; i <= group; ++i) {
+      float* at = i < group ? q + (head * group + i) * size : key;
+      const float* norm = i < group ? layer.q_norm : layer.k_norm;
+      if (norm) normalise_head(at, norm, size, m_.eps);
+      rotate(at, cos, sin, half);
     }
-    const float* key = q + m_.heads * size;
-    attention.write(step_.slots[row], key, key + m_.kv_heads * size);
+    attention.write(step_.slots[row], head, key, key + m_.kv_heads * size);
   }
 
   Context& c_;
@@ -272,6 +313,7 @@ class Walk {
   const Cache& cache_;
   const Step& step_;
   const AttentionShape shape_;
+  bool whole_ = true;  // every task is all of its sequence's rows
 };
 
 }  // namespace kernels

@@ -1,8 +1,8 @@
 // A team of threads that walks through a step together: the caller is its first member.
 //
 // Work inside a phase is taken in runs from a shared counter, so a member that the system puts
-// aside delays the phase by one run only. Members wait for each other by spinning, then by giving
-// way; between steps they sleep.
+// aside delays the phase by one run only. Members wait for each other by spinning, then asleep:
+// where others want the cores too, whoever spins on is put aside just when it could go on.
 #pragma once
 
 #include <sched.h>
@@ -71,10 +71,10 @@ class Team {
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == members_ - 1) {
       arrived_.store(0, std::memory_order_relaxed);
       round_.store(round + 1, std::memory_order_release);
+      round_.notify_all();
       return;
     }
-    for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins)
-      spins < SPINS ? relax() : (void)sched_yield();
+    wait_while(round_, round);
   }
 
  private:
@@ -82,6 +82,14 @@ class Team {
   static constexpr int SPINS = 2000;
 
   struct alignas(64) Counter { std::atomic<int> next{0}; };
+
+  static void wait_while(const std::atomic<uint32_t>& value, uint32_t old) {
+    for (int spins = 0; spins < SPINS; ++spins) {
+      if (value.load(std::memory_order_acquire) != old) return;
+      relax();
+    }
+    value.wait(old, std::memory_order_acquire);
+  }
 
   void serve(int member, int cpu) {
     if (cpu >= 0) {
@@ -91,9 +99,7 @@ class Team {
       sched_setaffinity(0, sizeof set, &set);
     }
     for (uint32_t seen = 0;;) {
-      for (int spins = 0; spins < SPINS && epoch_.load(std::memory_order_acquire) == seen; ++spins)
-        relax();
-      epoch_.wait(seen, std::memory_order_acquire);
+      wait_while(epoch_, seen);
       seen = epoch_.load(std::memory_order_acquire);
       if (stopping_) return;
       (*work_)(member);
