@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 from toolkit import record
 from toolkit.errors import ToolkitError
+from toolkit.models.evoformer import Evoformer
 from toolkit.plan import io, launch, runtime
 from toolkit.plan.lower.lowered import loss_of
 from toolkit.plan.plan import Plan
@@ -144,27 +146,82 @@ def fsdp2(plan: Plan, here: runtime.Session, accumulate: int = 1, recompute: boo
 
 
 def one_f_one_b(plan: Plan, here: runtime.Session, microbatches: int = 4, cut: str = "") -> Step:
-    from torch.distributed.pipelining import Schedule1F1B, SplitPoint, pipeline
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, SplitPoint, pipeline
 
     module = runtime.build(plan, here)
-    batch = _inputs(plan, here)
-    pipe = pipeline(
-        module, (), _pieces(batch, microbatches)[0], split_spec={cut: SplitPoint.BEGINNING}
-    )
-    stage = pipe.build_stage(here.rank, here.device)
+    given, *targets = _inputs(plan, here).values()
+    if isinstance(module, Evoformer):  # torch's tracer does not split it
+        half = _half(module, int(cut.split(".")[1]), here.rank)
+        stage: Any = PipelineStage(half, here.rank, _RANKS, here.device)
+    else:
+        example = given[: len(given) // microbatches]
+        pipe = pipeline(module, (example,), split_spec={cut: SplitPoint.BEGINNING})
+        stage = pipe.build_stage(here.rank, here.device)
     optimizer = _adamw(stage.submod.parameters())
-    schedule = Schedule1F1B(stage, microbatches, loss_fn=lambda loss, _: loss)
-    target = torch.zeros(microbatches)
+
+    def loss(outputs: Any, samples: Tensor) -> Tensor:
+        return _LOSSES[len(targets)](outputs, *(target[samples] for target in targets))
+
+    schedule = Schedule1F1B(stage, microbatches, loss_fn=loss)
+    samples = torch.arange(len(given))
 
     def step() -> None:
         optimizer.zero_grad()
         if here.rank == 0:
-            schedule.step(**batch)
+            schedule.step(given)
         else:
-            schedule.step(**batch, target=target, losses=[], return_outputs=False)
+            schedule.step(target=samples, losses=[], return_outputs=False)
         optimizer.step()
 
     return step
+
+
+class _Front(nn.Module):
+    """An Evoformer of one pass up to a block."""
+
+    def __init__(self, module: Evoformer, cut: int) -> None:
+        super().__init__()
+        self.embedding, self.recycling = module.embedding, module.recycling
+        self.nothing_yet = module.nothing_yet
+        self.blocks = module.blocks[:cut]
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        msa, pair = self.recycling(*self.embedding(ids), *self.nothing_yet(ids))
+        for block in self.blocks:
+            msa, pair = block(msa, pair)
+        return msa, pair
+
+
+class _Back(nn.Module):
+    """The rest of it."""
+
+    def __init__(self, module: Evoformer, cut: int) -> None:
+        super().__init__()
+        self.blocks = module.blocks[cut:]
+        self.final_norm, self.residue_head = module.final_norm, module.residue_head
+        self.distance_head = module.distance_head
+
+    def forward(self, msa: Tensor, pair: Tensor) -> tuple[Tensor, Tensor]:
+        for block in self.blocks:
+            msa, pair = block(msa, pair)
+        distance = self.distance_head(pair)
+        return self.residue_head(self.final_norm(msa)), distance + distance.transpose(1, 2)
+
+
+def _half(module: Evoformer, cut: int, rank: int) -> nn.Module:
+    return (_Back if rank else _Front)(module, cut)
+
+
+def _one_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def _evoformer_loss(outputs: tuple[Tensor, Tensor], residues: Tensor, bins: Tensor) -> Tensor:
+    return 2.0 * _one_loss(outputs[0], residues) + 0.3 * _one_loss(outputs[1], bins)
+
+
+# What the models compute of their targets themselves, where they are given any.
+_LOSSES: dict[int, Callable[..., Tensor]] = {1: _one_loss, 2: _evoformer_loss}
 
 
 def ours(plan: Plan, here: runtime.Session) -> Step:
@@ -219,10 +276,12 @@ def variants(plan: Plan, cut: str) -> dict[str, list[dict[str, Any]]]:
     return {"ddp": data, "fsdp2": data, "1f1b": pipes}
 
 
-def tune(plan: Plan, path: Path, cut: str, cap: int | None) -> dict[str, dict[str, Any]]:
+def tune(
+    wanted: dict[str, list[dict[str, Any]]], path: Path, cap: int | None
+) -> dict[str, dict[str, Any]]:
     """Return the fastest variant of each contender within the cap, and all that was tried."""
     chosen: dict[str, dict[str, Any]] = {}
-    for name, options in variants(plan, cut).items():
+    for name, options in wanted.items():
         tried = []
         for option in options:
             contender = f"{name}:{json.dumps(option)}"
@@ -249,6 +308,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--memory", help="the cap on what a rank holds, e.g. 1GiB")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--contenders", nargs="+", default=["ddp", "fsdp2", "1f1b"])
     parser.add_argument("--plan", type=Path, help="compare this plan instead of searching one")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
@@ -267,7 +327,8 @@ def main() -> None:
     cut = io.load(reference).stages[1].begins_at
     assert cut is not None
     cap = parse_bytes(options.memory) if options.memory else None
-    tuned = tune(plan, path, cut, cap)
+    wanted = {name: variants(plan, cut)[name] for name in options.contenders}
+    tuned = tune(wanted, path, cap)
     contenders = {"toolkit": "toolkit"} | {
         name: f"{name}:{json.dumps(found['option'])}"
         for name, found in tuned.items()
