@@ -88,6 +88,45 @@ def test_estimates_agree_with_predictions(gpt, eight, wanted, tolerance) -> None
         assert candidate.peak_bytes == pytest.approx(prediction.peak_bytes, rel=0.3)
 
 
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"data": 16, "parameters": ["shard"], "microbatches": 1},
+        {"data": 16, "parameters": ["shard_optimizer", "shard_gradients"], "microbatches": 2},
+        {"pipeline": 2, "data": 8, "parameters": ["shard_optimizer"], "schedules": ["1f1b"],
+         "microbatches": 4, "replica": 2},
+    ],
+)  # fmt: skip
+def test_parameters_are_sharded_in_groups_as_predicted(gpt, wanted) -> None:
+    """Hybrid sharding: inside each of two machines, or as constraints say."""
+    doing = outer(gpt, find_cluster("2xdgx-h100"), context=1, native=True, **wanted)
+    seen = []
+    keep = doing.frontier.add
+    doing.frontier.add = lambda one: seen.append(one) or keep(one)
+    doing.run()
+    grouped = [one for one in seen if one.mesh.replica == 2]
+    assert grouped
+    assert len(grouped) == len(seen) if "replica" in wanted else len(grouped) < len(seen)
+    for candidate in grouped[:4]:
+        assert candidate.mesh.replica * candidate.mesh.data == wanted["data"]
+        plan = written(candidate, doing)
+        check.check(plan)
+        assert plan.size("replica") == 2
+        # Added up, a group's scatter and its sum hold up the next gather; simulated, they need not.
+        assert candidate.step_s == pytest.approx(plan.prediction.step_s, rel=0.08)
+        assert candidate.peak_bytes == pytest.approx(plan.prediction.peak_bytes, rel=0.3)
+
+
+def test_groups_are_taken_where_the_network_between_machines_is_slow(gpt) -> None:
+    cluster = find_cluster("2xdgx-h100")
+    wanted = {"pipeline": 1, "context": 1, "tensor": 1, "parameters": ["shard"], "plans": []}
+    found = search(gpt, cluster, constraints=Constraints(**wanted))
+    assert found.plan.size("replica") == 2
+    alone = search(gpt, cluster, constraints=Constraints(**wanted, replica=1))
+    assert alone.plan.size("replica") == 1
+    assert found.plan.prediction.step_s < alone.plan.prediction.step_s
+
+
 def test_pruning_loses_nothing(gpt, eight) -> None:
     """The best of a search that looks at everything, one ground after another."""
     wanted = {"max_context": 1, "native": True}
@@ -176,12 +215,24 @@ def test_batches_that_do_not_divide_say_so(eight) -> None:
 
 def test_constraints_are_obeyed(gpt, eight) -> None:
     found = search(
-        gpt, eight,
-        constraints=Constraints(pipeline=2, schedules=["gpipe"], parameters=["shard"], data=4),
-    )  # fmt: skip
-    assert found.best.mesh == (2, 4, 1, 1)
+        gpt,
+        eight,
+        constraints=Constraints(
+            pipeline=2, schedules=["gpipe"], parameters=["shard_optimizer"], data=4
+        ),
+    )
+    assert found.best.mesh == (2, 1, 4, 1, 1)
     assert found.plan.schedule == "gpipe"
-    assert found.plan.placed("shard")
+    assert found.plan.placed("shard_optimizer")
+
+
+@pytest.mark.parametrize("way", ["shard_gradients", "shard"])
+def test_what_no_rung_runs_is_not_found_unless_asked(gpt, eight, way) -> None:
+    wanted = {"pipeline": 2, "data": 4, "tensor": 1, "parameters": [way], "plans": []}
+    with pytest.raises(InfeasibleError):
+        search(gpt, eight, constraints=Constraints(**wanted))
+    found = search(gpt, eight, constraints=Constraints(**wanted, runnable=False))
+    assert found.plan.placed(way)
 
 
 def test_modules_that_must_stay_whole_do(large, eight) -> None:

@@ -30,6 +30,8 @@ How = Literal[
     "sequence",
 ]
 DATA_WAYS: tuple[How, ...] = ("replicate", "shard_optimizer", "shard_gradients", "shard")
+# Those of them that torch's pipeline runtime is given.
+PIPELINED_WAYS: tuple[How, ...] = ("replicate", "shard_optimizer")
 # What lives in the memory of the host instead of the device's:
 Offload = Literal[
     "none",

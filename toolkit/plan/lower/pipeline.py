@@ -27,7 +27,7 @@ from toolkit.plan.lower.stages import StageModule
 from toolkit.plan.lower.table import Runtime
 from toolkit.plan.order import deadlock
 from toolkit.plan.order.action import Action
-from toolkit.plan.plan import Plan
+from toolkit.plan.plan import PIPELINED_WAYS, Plan
 
 # Inputs of the model travel under another name, for torch's step has keywords of its own.
 _INPUT = "input_"
@@ -219,7 +219,7 @@ def _paths(module: nn.Module, cuts: Sequence[StageModule]) -> list[dict[str, nn.
 def check(plan: Plan) -> None:
     """Raise UsageError for a plan that torch's pipeline runtime cannot run."""
     outside = [axis.name for axis in plan.mesh if axis.name not in ("pipeline", "replica", "data")]
-    ways = sorted({entry.how for entry in plan.placements} - {"replicate", "shard_optimizer"})
+    ways = sorted({entry.how for entry in plan.placements} - set(PIPELINED_WAYS))
     wide = [i for i, stage in enumerate(plan.stages) if len(stage.devices) > 1 or stage.no_grad]
     idle = [place for place, row in enumerate(plan.order) if not row]
     if outside or ways or wide or plan.splits:

@@ -28,6 +28,9 @@ Sizes = int | list[int] | None
 class Constraints:
     """Sizes of axes (a number or the numbers allowed), and what may be chosen.
 
+    `data` counts all ranks that see other samples, `replica` the groups of them that shard
+    parameters among themselves (hybrid sharding): 1 for none.
+
     `replicated` lists modules or operators (patterns, as in plans) that stay whole on every rank
     of the context and tensor axes. `parameters` are the ways of the data axis ("shard" is ZeRO-3).
     `offload` are the ways to use the host; where "none" is one, the others are tried where nothing
@@ -35,6 +38,7 @@ class Constraints:
     """
 
     pipeline: Sizes = None
+    replica: Sizes = None
     data: Sizes = None
     context: Sizes = None
     tensor: Sizes = None
@@ -68,7 +72,9 @@ class Constraints:
                     raise unknown_name(what, name, known)
             if given == [] and what != "plan":
                 raise UsageError(f"the constraints allow no {what} at all")
-        for name in ("pipeline", "data", "context", "tensor", "microbatches", "microbatch_size"):
+        for name in (
+            "pipeline", "replica", "data", "context", "tensor", "microbatches", "microbatch_size",
+        ):  # fmt: skip
             sizes = getattr(self, name)
             for size in [sizes] if isinstance(sizes, int) else sizes or []:
                 if size < 1:

@@ -178,7 +178,9 @@ class Estimator:
     def _lands(self, zero: How) -> bool:
         """Whether gradients go down to the host beside the backward (as predict.units)."""
         mesh = self.site.mesh
-        return self.prefetch and mesh.data > 1 == mesh.pipeline and zero != "shard_gradients"
+        if not (self.prefetch and mesh.data > 1 == mesh.pipeline):
+            return False
+        return zero in ("replicate", "shard") or (zero == "shard_optimizer" and mesh.replica == 1)
 
     def _timed(
         self, stretch: Stretch, held: Sequence[Unit], zero: How, rows: Rows, first: bool

@@ -100,6 +100,8 @@ class Extras:
             return []
         if "none" not in (self.constraints.offload or OFFLOADS):
             return []  # these keep everything on the device
+        if not self.constraints.allows("replica", 1):
+            return []  # and parameters whole
         if self.outer is None or self.outer.outline.num_passes > 1:
             # What the search has laid out itself is predicted in full where that is quick.
             if self.outer is None or len(self.subject.graph.ops) <= _MOST_OPS:

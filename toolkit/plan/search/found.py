@@ -12,7 +12,7 @@ from toolkit.hardware import Cluster
 from toolkit.hardware.scaled import scaled
 from toolkit.plan import chain, planner, predict, recycling
 from toolkit.plan.library import megatron, sequence_parallel
-from toolkit.plan.plan import Placement, Plan
+from toolkit.plan.plan import PIPELINED_WAYS, Placement, Plan
 from toolkit.plan.search import write
 from toolkit.plan.search.bench import MEGATRON, TOKENS, WHOLE
 from toolkit.plan.search.constraints import Constraints
@@ -303,9 +303,10 @@ def _infeasible(outer: Outer, limit: float) -> InfeasibleError:
     if nearest is None:
         return InfeasibleError(
             f"no plan of {outer.subject.model} on {outer.num_ranks} devices of "
-            f"{outer.cluster.name} was found: no schedule runs these microbatches, or operators "
-            f"gain nothing from the tensor and context axes asked for",
-            remedy="loosen the constraints",
+            f"{outer.cluster.name} was found: no schedule runs these microbatches, no rung runs "
+            f"these ways of parameters (a pipeline takes {' and '.join(PIPELINED_WAYS)}), or "
+            f"operators gain nothing from the tensor and context axes asked for",
+            remedy="loosen the constraints; `runnable = false` also finds what cannot be run",
         )
     candidate = nearest.candidate
     fullest = max(candidate.estimate.memory, key=lambda sizes: sum(sizes.values()))

@@ -79,12 +79,12 @@ class Outer:
             self.subject, self.cluster, self.num_ranks, self.constraints, self.calibration
         )
         self.outline = self.bench.outline
-        self.trials = Trials(self.bench, self.limit_bytes)
         self.space = Space(
             self.cluster, self.num_ranks, self.subject.batch, len(self.outline.blocks),
             self.constraints,
             **({"most_context": self.num_ranks} if self.outline.num_passes > 1 else {}),
         )  # fmt: skip
+        self.trials = Trials(self.bench, self.space, self.limit_bytes)
         devices = (self.cluster.device(rank) for rank in range(self.num_ranks))
         self._most_bytes = min(self.limit_bytes, max(one.memory_bytes for one in devices))
 

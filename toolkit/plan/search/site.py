@@ -19,11 +19,14 @@ from toolkit.plan.predict.costs import Costs
 from toolkit.plan.search.layouts import Axis
 from toolkit.plan.subject import Subject
 
+_AXES: tuple[AxisName, ...] = ("pipeline", "replica", "data", "context", "tensor")
+
 
 class Mesh(NamedTuple):
     """Sizes of the axes, slowest first."""
 
     pipeline: int = 1
+    replica: int = 1
     data: int = 1
     context: int = 1
     tensor: int = 1
@@ -40,16 +43,14 @@ class Mesh(NamedTuple):
     @property
     def axes(self) -> tuple[MeshAxis, ...]:
         """The axes a plan writes down: those of more than one rank, or data if there is none."""
-        names: tuple[AxisName, ...] = ("pipeline", "data", "context", "tensor")
         found = tuple(
-            MeshAxis(name, size) for name, size in zip(names, self, strict=True) if size > 1
+            MeshAxis(name, size) for name, size in zip(_AXES, self, strict=True) if size > 1
         )
         return found or (MeshAxis("data", 1),)
 
     def __str__(self) -> str:
-        names = ("pipeline", "data", "context", "tensor")
         return " x ".join(
-            f"{name} {size}" for name, size in zip(names, self, strict=True) if size > 1
+            f"{name} {size}" for name, size in zip(_AXES, self, strict=True) if size > 1
         ) or "one device"  # fmt: skip
 
 
@@ -73,8 +74,7 @@ class Site:
 
     @cached_property
     def costs(self) -> Costs:
-        names: tuple[AxisName, ...] = ("pipeline", "data", "context", "tensor")
-        axes = tuple(MeshAxis(name, size) for name, size in zip(names, self.mesh, strict=True))
+        axes = tuple(MeshAxis(name, size) for name, size in zip(_AXES, self.mesh, strict=True))
         order: Rows = ()
         provenance = self.subject.provenance(self.cluster)
         return Costs(
@@ -107,11 +107,11 @@ class Site:
         wanted = self.kinds[kind]
         return tuple(i for i, found in enumerate(self.classes) if found == wanted)
 
-    def data_s(self, kind: str, num_bytes: int, position: int) -> float:
-        """Seconds of a collective along the data axis at a position."""
-        key = (kind, num_bytes, self.classes[position])
+    def data_s(self, kind: str, num_bytes: int, position: int, axis: AxisName = "data") -> float:
+        """Seconds of a collective along the data (or replica) axis at a position."""
+        key = (kind, num_bytes, self.classes[position], axis)
         if key not in self._seen:
-            ranks = self.costs.group(("data",), position)
+            ranks = self.costs.group((axis,), position)
             self._seen[key] = self.costs.call(kind, num_bytes, ranks).seconds
         return self._seen[key]
 

@@ -35,7 +35,7 @@ class Space:
     most_context: int = _MOST_CONTEXT
 
     def meshes(self) -> Iterator[Mesh]:
-        """Yield the factorisations of the ranks that the constraints allow."""
+        """Yield the factorisations of the ranks that the constraints allow, data in one group."""
         allows = self.constraints.allows
         nodes = self.cluster.by_node(range(self.num_ranks))
         per_node = min(len(places) for places in nodes.values())
@@ -50,10 +50,32 @@ class Space:
                     continue
                 rest = self.num_ranks // tensor // context
                 for pipeline in divisors(rest):
-                    mesh = Mesh(pipeline, rest // pipeline, context, tensor)
-                    named = zip(("pipeline", "data", "context", "tensor"), mesh, strict=True)
-                    if pipeline <= self.num_blocks and all(allows(*pair) for pair in named):
+                    mesh = Mesh(pipeline, 1, rest // pipeline, context, tensor)
+                    named = mesh._asdict()
+                    del named["replica"]
+                    if (
+                        pipeline <= self.num_blocks
+                        and all(allows(*pair) for pair in named.items())
+                        and self.replicas(mesh)
+                    ):
                         yield mesh
+
+    def replicas(self, mesh: Mesh) -> list[int]:
+        """Return into how many groups the data axis of a mesh may be cut, parameters sharded
+        inside each (hybrid sharding): unless constraints say which, none or the machines it spans.
+        """
+        given = self.constraints.replica
+        if given is None:
+            machines = self._machines(mesh)
+            return [1, machines] if machines > 1 else [1]
+        sizes = [given] if isinstance(given, int) else given
+        return [n for n in sizes if mesh.data % n == 0 and (n == 1 or n < mesh.data)]
+
+    def _machines(self, mesh: Mesh) -> int:
+        """Over how many machines a data axis lies evenly, several of its ranks on each; else 1."""
+        ranks = range(0, mesh.data * mesh.inner, mesh.inner)
+        counts = [len(places) for places in self.cluster.by_node(ranks).values()]
+        return len(counts) if counts[0] > 1 and len(set(counts)) == 1 else 1
 
     def grounds(self) -> Iterator[Ground]:
         """Yield meshes with the ways to cut the batch that divide evenly."""

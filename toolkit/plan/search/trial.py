@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from toolkit.plan.plan import DATA_WAYS, How
+from toolkit.plan.plan import DATA_WAYS, PIPELINED_WAYS, How
 from toolkit.plan.search import host, schedules
 from toolkit.plan.search.arrange import Arranger, Recompute
 from toolkit.plan.search.bench import MEGATRON, TOKENS, WHOLE, Bench, by_program
 from toolkit.plan.search.frontier import Candidate, Frontier, Unfit
 from toolkit.plan.search.host import Hosted, Keep
 from toolkit.plan.search.site import Mesh, Site
-from toolkit.plan.search.space import Ground
+from toolkit.plan.search.space import Ground, Space
 from toolkit.plan.search.stack import Layouts, Stack
 
 
@@ -42,6 +42,7 @@ class Trials:
     """Tries candidates, and keeps those that nothing beats within `limit_bytes`."""
 
     bench: Bench
+    space: Space
     limit_bytes: float
     frontier: Frontier = field(default_factory=Frontier)
     considered: int = 0
@@ -81,21 +82,40 @@ class Trials:
         if mesh.data == 1:
             return ["replicate"]
         wanted = self.constraints.parameters
-        return [way for way in DATA_WAYS if wanted is None or way in wanted]
+        # What is whole everywhere is the same in groups.
+        possible = DATA_WAYS[1:] if mesh.replica > 1 else DATA_WAYS
+        return [way for way in possible if wanted is None or way in wanted]
 
     def look_at(self, ground: Ground, splits: Iterable[Split], far: float = 1.0) -> bool:
         """Try a ground with operators split in these ways, where that may take at most `far` times
         the best; return whether all fit.
         """
         bench = self.bench
-        site = Site(bench.subject, bench.cluster, ground.mesh, bench.calibration)
+        sites = [
+            Site(bench.subject, bench.cluster, mesh, bench.calibration)
+            for mesh in self._grouped(ground.mesh)
+        ]
         fit = True
         for split in splits:
-            estimator = bench.estimator(site, split.stack, split.layouts, ground)
-            arranger = Arranger(estimator, self.outline.starts, self.constraints.equal_stages)
-            for mode in self._modes:
-                fit &= self._every(_Trial(ground, split, arranger, mode), far)
+            for site in sites:
+                here = ground._replace(mesh=site.mesh)
+                estimator = bench.estimator(site, split.stack, split.layouts, here)
+                arranger = Arranger(estimator, self.outline.starts, self.constraints.equal_stages)
+                fits = [
+                    self._every(_Trial(here, split, arranger, mode), far) for mode in self._modes
+                ]
+                # Groups hold more than all ranks together do, which is tried first.
+                fit &= all(fits) or site is not sites[0]
         return fit
+
+    def _grouped(self, mesh: Mesh) -> list[Mesh]:
+        """Return a mesh with its data axis in one group, and in those that are allowed."""
+        if mesh.replica > 1:
+            return [mesh]
+        return [
+            mesh._replace(replica=groups, data=mesh.data // groups)
+            for groups in self.space.replicas(mesh)
+        ]
 
     def free_s(self, ground: Ground, split: Split) -> float:
         """Return the seconds of a 1F1B step if memory were no limit: nothing is run again, and
@@ -135,8 +155,8 @@ class Trials:
             if best is not None and bound_s > far * best.step_s:
                 continue
             ways = self.ways(ground.mesh)
-            if self.constraints.runnable and self._by_program(trial.split.name, ground.mesh):
-                ways = [way for way in ways if way == "replicate"]
+            if self.constraints.runnable:
+                ways = [way for way in ways if way in self._run(trial.split.name, ground.mesh)]
             # With all recomputed it is memory that counts: where it is sharded the most.
             ways = ways[-2:] if trial.mode == "all" else ways
             natively = ground.mesh.pipeline == 1 and trial.split.name in (WHOLE, MEGATRON)
@@ -152,6 +172,12 @@ class Trials:
     def _by_program(self, split: str, mesh: Mesh) -> bool:
         """Whether the own executor runs this."""
         return by_program(split, mesh) or self.outline.num_passes > 1
+
+    def _run(self, split: str, mesh: Mesh) -> tuple[How, ...]:
+        """The ways of parameters that the rung of this takes."""
+        if self._by_program(split, mesh):
+            return ("replicate",)
+        return PIPELINED_WAYS if mesh.pipeline > 1 else DATA_WAYS
 
     def _runs(self, split: str, mesh: Mesh, halves: bool) -> bool:
         """Whether some rung runs this: the own executor has whole backwards alone, and tokens

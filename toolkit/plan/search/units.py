@@ -39,10 +39,17 @@ def on_device(
 ) -> Unit:
     """Return a unit that offloads nothing."""
     n = site.mesh.data
+    apart = site.mesh.replica > 1
     trained = [part for part in parts if part.requires_grad]
     whole = sum(part.num_bytes for part in parts)
     gradients = sum(part.num_bytes for part in trained)
     data_s = site.data_s
+
+    def scatter_s(size: int) -> float:
+        """Of what is scattered inside a group, the groups add up their shares."""
+        within = data_s("reduce_scatter", size, position)
+        return within + (data_s("all_reduce", size // n, position, "replica") if apart else 0.0)
+
     if n == 1:
         return Unit(item, is_root, 0, 0.0, 0.0, 0.0, whole, gradients, gradients, 0, gradients)
     if zero == "shard":
@@ -50,7 +57,7 @@ def on_device(
         reached = sum(padded_rows(part, n) for part in trained)
         return Unit(
             item, is_root, padded, data_s("all_gather", padded, position),
-            data_s("reduce_scatter", reached, position) if reached else 0.0, 0.0,
+            scatter_s(reached) if reached else 0.0, 0.0,
             padded // n, reached, reached // n, 0, reached // n,
         )  # fmt: skip
     if zero == "replicate":
@@ -60,7 +67,7 @@ def on_device(
     flat = padded_elements(gradients, parts[0].dtype, n)
     share = flat // n
     return Unit(
-        item, is_root, 0, 0.0, data_s("reduce_scatter", flat, position),
+        item, is_root, 0, 0.0, scatter_s(flat),
         data_s("all_gather", flat, position), whole, gradients, share,
         share if zero == "shard_gradients" else share + flat, share,
     )  # fmt: skip
