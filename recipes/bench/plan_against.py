@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from toolkit import record
@@ -213,7 +213,7 @@ def _half(module: Evoformer, cut: int, rank: int) -> nn.Module:
 
 
 def _one_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    return cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
 def _evoformer_loss(outputs: tuple[Tensor, Tensor], residues: Tensor, bins: Tensor) -> Tensor:

@@ -48,3 +48,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    runtime.leave()

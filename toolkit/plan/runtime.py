@@ -44,7 +44,11 @@ class Session:
 
 @contextlib.contextmanager
 def session() -> Iterator[Session]:
-    """Join the ranks torchrun started, and leave them at the end of the block.
+    """Join the ranks torchrun started; at the end of the block, wait until all are there.
+
+    What is left to do then is to write and `leave`. The groups stay until the process ends: where
+    one of gloo is destroyed, a thread of its own that drops its last tensor waits for Python's
+    lock, and the destructor, which holds that, for the thread.
 
     Raises UsageError when the process was not started by torchrun or `launch`.
     """
@@ -66,8 +70,9 @@ def session() -> Iterator[Session]:
         yield Session(dist.get_rank(), dist.get_world_size(), device)
         # Nobody leaves while another rank may still be sending.
         dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        dist.destroy_process_group()  # the others need not wait
+        raise
 
 
 def leave() -> NoReturn:
