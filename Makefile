@@ -28,7 +28,7 @@ demo: setup
 	$(BIN)/toolkit demo
 
 test: setup lint
-	$(BIN)/python -m pytest -m "not slow and not gpu and not peer"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu and not peer"
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow"

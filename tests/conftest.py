@@ -15,6 +15,13 @@ import pytest
 from toolkit.errors import ToolkitError
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """A worker a core that may be used: affinity and quota heeded, which xdist does not."""
+    from toolkit.hardware.affinity import usable_cores
+
+    return usable_cores()
+
+
 def _weights(name: str) -> Path:
     from toolkit.models import weights
 
