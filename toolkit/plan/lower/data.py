@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -85,19 +86,44 @@ def like(parameter: nn.Parameter, part: Tensor) -> Tensor:
     )  # fmt: skip
 
 
-class Buckets(Gradients):
-    """Data parallel: every rank holds the model, and each unit's gradients are all-reduced once."""
+def take(parameter: nn.Parameter, piece: Tensor) -> None:
+    """Copy the first gradient of a step into its `piece` of a buffer; others are added there.
 
-    def __init__(self, parameters: Named, paths: Sequence[str], group: dist.ProcessGroup) -> None:
+    Autograd hands over what it made, so this costs half of adding to a buffer of zeros.
+    """
+    found = parameter.grad
+    if found is None:
+        piece.zero_()
+    else:
+        if isinstance(found, DTensor) and isinstance(parameter, DTensor):
+            found = found.redistribute(placements=parameter.placements)  # type: ignore[no-untyped-call]
+        piece.copy_(local(found))
+    parameter.grad = like(parameter, piece)
+
+
+class Buckets(Gradients):
+    """Data parallel: every rank holds the model, and each unit's gradients are all-reduced once.
+
+    Where weights' gradients are `put_off`, they are added to the buffers, without autograd's hooks.
+    """
+
+    def __init__(
+        self,
+        parameters: Named,
+        paths: Sequence[str],
+        group: dist.ProcessGroup,
+        *,
+        put_off: bool = False,
+    ) -> None:
         self.buckets = [
-            Bucket(tuple(held.values()), group)
+            Bucket(held, group, put_off=put_off)
             for unit in units(parameters, paths).values()
             for held in by_dtype(unit)
         ]
 
     def zero(self) -> None:
         for bucket in self.buckets:
-            bucket.flat.zero_()
+            bucket.zero()
 
     def arm(self, *, last: bool) -> None:
         if last:
@@ -113,35 +139,57 @@ class Buckets(Gradients):
 class Bucket:
     """Parameters whose gradients lie in one buffer and are all-reduced as one.
 
-    Each parameter's gradient is a view of the buffer, so nothing is copied. The reduction starts
-    as soon as the last gradient of the bucket is there, while backward goes on (Li et al. 2020).
+    Each parameter's gradient becomes a view of the buffer. The reduction starts as soon as the last
+    gradient of the bucket is there, while backward goes on (Li et al. 2020).
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
-        self.parameters = tuple(parameters)
+    def __init__(self, parameters: Named, group: dist.ProcessGroup, *, put_off: bool) -> None:
+        self.parameters = tuple(parameters.values())
         self.group = group
+        self.put_off = put_off
         self.armed = False
         self._waiting = 0
         self._work: dist.Work | None = None
         first = local(self.parameters[0])
         sizes = [local(parameter).numel() for parameter in self.parameters]
         self.flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
-        for parameter, piece in zip(self.parameters, self.flat.split(sizes), strict=True):
-            parameter.grad = like(parameter, piece.view_as(local(parameter)))
+        self._left: dict[
+            int, Tensor
+        ] = {}  # pieces of the buffer that await a step's first gradient
+        self._pieces = {
+            id(parameter): piece.view_as(local(parameter))
+            for parameter, piece in zip(self.parameters, self.flat.split(sizes), strict=True)
+        }
+        for parameter in self.parameters:
+            parameter.grad = like(parameter, self._pieces[id(parameter)])
             parameter.register_post_accumulate_grad_hook(self._ready)
+
+    def zero(self) -> None:
+        if self.put_off:
+            self.flat.zero_()
+            return
+        self._left = dict(self._pieces)
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def arm(self) -> None:
         """Reduce in the backward that follows: it is the last one of the step."""
         self.armed = True
         self._waiting = len(self.parameters)
 
-    def _ready(self, _: Tensor) -> None:
+    def _ready(self, parameter: Tensor) -> None:
+        piece = self._left.pop(id(parameter), None)
+        if piece is not None:
+            take(cast("nn.Parameter", parameter), piece)
         if self.armed:
             self._waiting -= 1
             if self._waiting == 0:
                 self._launch()
 
     def _launch(self) -> None:
+        for parameter in self.parameters if self._left else ():
+            if id(parameter) in self._left:
+                take(parameter, self._left.pop(id(parameter)))
         self._work = dist.all_reduce(self.flat, group=self.group, async_op=True)
 
     def finish(self, landed: Landed | None) -> None:

@@ -56,11 +56,12 @@ class Reductions:
                     mesh.get_group("data"),
                     mesh.get_group("replica") if plan.size("replica") > 1 else None,
                     shard_gradients=False,
+                    put_off=stage in self._put_off,
                 )
                 self._zeros.append(zero)
-                found += [zero, Buckets(whole, sharded, both)]
+                found += [zero, Buckets(whole, sharded, both, put_off=stage in self._put_off)]
             else:
-                found.append(Buckets(own, replicated, both))
+                found.append(Buckets(own, replicated, both, put_off=stage in self._put_off))
             self._by_stage[stage] = found
 
     def __bool__(self) -> bool:

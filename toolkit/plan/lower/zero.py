@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from toolkit.plan.lower.compat import relocate
-from toolkit.plan.lower.data import Gradients, Named, by_dtype, like, local, units
+from toolkit.plan.lower.data import Gradients, Named, by_dtype, like, local, take, units
 from toolkit.plan.lower.lowered import Landed, whole
 from toolkit.plan.lower.piece import Piece
 
@@ -40,11 +40,19 @@ class Zero(Gradients):
         replicas: dist.ProcessGroup | None,
         *,
         shard_gradients: bool,
+        put_off: bool = False,
     ) -> None:
         self.shard_gradients = shard_gradients
         self._flying: Unit | None = None
         self.units = [
-            Unit(held, group, replicas, self._before_launch, shard_gradients=shard_gradients)
+            Unit(
+                held,
+                group,
+                replicas,
+                self._before_launch,
+                shard_gradients=shard_gradients,
+                put_off=put_off,
+            )
             for unit in units(parameters, paths).values()
             for held in by_dtype(unit)
         ]
@@ -100,11 +108,12 @@ class Unit:
         before_launch: Callable[[Unit], None],
         *,
         shard_gradients: bool,
+        put_off: bool,
     ) -> None:
         self.parameters = dict(parameters)
         self.group, self.replicas = group, replicas
         self.before_launch = before_launch
-        self.shard_gradients = shard_gradients
+        self.shard_gradients, self.put_off = shard_gradients, put_off
         self.num_ranks = dist.get_world_size(group)
         sizes = [local(parameter).numel() for parameter in self.parameters.values()]
         self.part = -(-sum(sizes) // self.num_ranks)
@@ -119,6 +128,7 @@ class Unit:
         self.flat = self._buffer()
         self.gradient = self._buffer(self.part)  # this rank's, complete after a step
         self._whole: Tensor | None = None  # gradients of the unit, while there are any
+        self._left: set[str] = set()  # whose first gradient of a step is awaited
         self._arrived = self.gradient
         self._work: dist.Work | None = None
         self._armed, self._waiting = False, 0
@@ -140,9 +150,15 @@ class Unit:
                 parameter.grad = like(parameter, self._view(self._whole, name))
 
     def zero(self) -> None:
-        self.gradient.zero_()
-        if self._whole is not None:
+        if self.shard_gradients:
+            self.gradient.zero_()
+        elif self.put_off:
+            assert self._whole is not None
             self._whole.zero_()
+        else:
+            self._left = set(self.parameters)
+            for parameter in self.parameters.values():
+                parameter.grad = None
 
     def arm(self) -> None:
         """Reduce in the backward that follows."""
@@ -193,6 +209,8 @@ class Unit:
             assert parameter.grad is not None
             self._view(self._whole, name).copy_(local(parameter.grad))
             parameter.grad = None
+        elif name in self._left:
+            self._take(name)
         if self._armed:
             self._waiting -= 1
             if self._waiting == 0:
@@ -202,11 +220,18 @@ class Unit:
         self.before_launch(self)
         if self._whole is None:  # none of the unit took part in the loss
             self._whole = self._buffer()
+        for name in tuple(self._left):
+            self._take(name)
         if self.shard_gradients:
             self._arrived = self._buffer(self.part)
         self._work = dist.reduce_scatter_single(
             self._arrived, self._whole, group=self.group, async_op=True
         )
+
+    def _take(self, name: str) -> None:
+        assert self._whole is not None
+        self._left.remove(name)
+        take(self.parameters[name], self._view(self._whole, name))
 
     def _buffer(self, size: int | None = None) -> Tensor:
         return self._empty.new_zeros(self.part * self.num_ranks if size is None else size)
