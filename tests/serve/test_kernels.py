@@ -14,10 +14,10 @@ import torch
 
 from toolkit.errors import ToolkitError
 from toolkit.serve.batch import Batch, Slice
-from toolkit.serve.model import quantisation
+from toolkit.serve.model import gpt2, quantisation
 from toolkit.serve.model.config import DecoderConfig
 from toolkit.serve.model.decoder import Decoder
-from toolkit.serve.model.grouped import Grouped, Weight, from_gguf, quantise
+from toolkit.serve.model.grouped import Grouped, Weight, dense, from_gguf, quantise
 from toolkit.serve.model.inputs import prepare
 from toolkit.serve.model.kernels import build
 from toolkit.serve.model.kernels.library import Library, Team, library, load
@@ -113,7 +113,7 @@ TINY = DecoderConfig(
     ffn_size=100,
     vocab_size=83,
     max_context=256,
-    rms_norm_eps=1e-5,
+    norm_eps=1e-5,
     rope_theta=1e4,
     tied_head=True,
     qkv_bias=True,
@@ -121,11 +121,24 @@ TINY = DecoderConfig(
 )
 
 
-def tiny_weights(mode: Mode) -> dict[str, Weight]:
+# Its sizes are no whole vectors.
+TINY_GPT2 = gpt2.describe(
+    num_layers=3,
+    hidden_size=76,
+    num_heads=4,
+    ffn_size=100,
+    vocab_size=83,
+    max_context=256,
+    norm_eps=1e-5,
+    tied_head=True,
+)
+
+
+def tiny_weights(mode: Mode, config: DecoderConfig = TINY) -> dict[str, Weight]:
     draw = torch.Generator().manual_seed(5)
     return {
         name: converted(name, torch.randn(shape, generator=draw) * 0.25, mode)
-        for name, shape in expected(TINY).items()
+        for name, shape in expected(config).items()
     }
 
 
@@ -154,12 +167,15 @@ def run(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_logits_do_not_depend_on_company(kernels: Library, mode: Mode) -> None:
+@pytest.mark.parametrize("config", [TINY, TINY_GPT2], ids=["llama", "gpt2"])
+def test_logits_do_not_depend_on_company(
+    kernels: Library, config: DecoderConfig, mode: Mode
+) -> None:
     """Bit-equal logits: alone or in a batch, in one chunk or token by token, on 1, 2, 3 threads."""
-    decoder = NativeDecoder(TINY, tiny_weights(mode))
+    decoder = NativeDecoder(config, tiny_weights(mode, config))
     decoder.start(1)
     alone = run(decoder, [1] * 90, 0)
-    reference = Decoder(TINY, tiny_weights(mode))
+    reference = Decoder(config, tiny_weights(mode, config))
     # A rounding of an activation may fall to the other side: a step of 1 / 127 of its group.
     assert (run(reference, [90], 0)[0] - alone[-1]).abs().max() < (1e-3 if mode == "none" else 0.2)
     assert torch.equal(run(decoder, [90], 0)[0], alone[-1])
@@ -168,6 +184,20 @@ def test_logits_do_not_depend_on_company(kernels: Library, mode: Mode) -> None:
         found = run(decoder, [7, 13, 1, 40, 29], 5)
         for row, after in zip(found, (7, 20, 21, 61, 90), strict=True):
             assert torch.equal(row, alone[after - 1])
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_GPT2], ids=["llama", "gpt2"])
+def test_activations_far_from_zero(kernels: Library, config: DecoderConfig) -> None:
+    """Where e^x leaves float32, a gate is shut or open."""
+    made: list[Decoder | NativeDecoder] = []
+    for kind in (NativeDecoder, Decoder):
+        weights = tiny_weights("none", config)
+        for name, weight in weights.items():
+            if name.endswith(("gate_proj.weight", "up_proj.weight")):
+                weights[name] = dense(weight) * 400
+        made.append(kind(config, weights))
+    ours, reference = (run(each, [40], 0) for each in made)
+    assert (ours - reference).abs().max() < 1e-3
 
 
 def test_blocks_of_any_size(kernels: Library) -> None:

@@ -1,8 +1,9 @@
-"""The shape of a Llama-family decoder, as read from a model's own file."""
+"""The shape of a decoder of the Llama or GPT-2 family, as read from a model's own file."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from toolkit.errors import UsageError
 
@@ -19,10 +20,12 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and switches. `qkv_bias` is Qwen2's, `qk_norm` Qwen3's; the rest is Llama.
+    """Sizes and switches. `qkv_bias` is Qwen2's, `qk_norm` Qwen3's; the other defaults are Llama's.
 
-    `rope_divisors` are GGUF's per-frequency factors, the same thing as `rope_scaling` already
-    worked out; at most one of the two is set.
+    GPT-2 has layer norms (with biases), `learned` positions that are added to the embedding, and
+    `gelu` (its tanh form) where Llama multiplies by a `silu_gate`. `rope_theta`, `rope_scaling` and
+    `rope_divisors` are of rotary positions only. `rope_divisors` are GGUF's per-frequency factors,
+    the same thing as `rope_scaling` already worked out; at most one of the two is set.
     """
 
     architecture: str
@@ -34,14 +37,18 @@ class DecoderConfig:
     ffn_size: int
     vocab_size: int
     max_context: int
-    rms_norm_eps: float
-    rope_theta: float
+    norm_eps: float
+    rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     rope_divisors: tuple[float, ...] | None = None
     tied_head: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: bool = False
+    norm: Literal["rms", "layer"] = "rms"
+    positions: Literal["rotary", "learned"] = "rotary"
+    ffn: Literal["silu_gate", "gelu"] = "silu_gate"
+    ffn_bias: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -1,4 +1,4 @@
-"""A Llama-family decoder in torch over paged KV: one forward pass for a mixed batch of slices.
+"""A decoder in torch over paged KV: one forward pass for a mixed batch of slices.
 
 The reference that the kernels (native.py) are held to, and what runs where they cannot be built.
 
@@ -20,19 +20,22 @@ from toolkit.serve.model.config import DecoderConfig
 from toolkit.serve.model.grouped import Weight, dense, joined
 from toolkit.serve.model.inputs import StepInput
 from toolkit.serve.model.linear import Product, product
-from toolkit.serve.model.loaded import take_layer
+from toolkit.serve.model.loaded import NormWeights, take_layer, take_norm
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's weights. Query, key, value are one matrix, gate and up another: fewer calls."""
+    """One layer's weights. Query, key, value are one matrix, gate and up another: fewer calls.
 
-    attention_norm: torch.Tensor
+    `gate_up` is up alone where nothing is gated.
+    """
+
+    attention_norm: NormWeights
     qkv: Product
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
     output: Product
-    ffn_norm: torch.Tensor
+    ffn_norm: NormWeights
     gate_up: Product
     down: Product
 
@@ -57,7 +60,10 @@ class Decoder:
         self.config, self.kv_dtype = config, kv_dtype
         embedding = weights.pop("embed_tokens.weight")
         self.embedding = dense(embedding)[:, : config.hidden_size]
-        self.norm = dense(weights.pop("norm.weight"))
+        self.positions: torch.Tensor | None = None
+        if config.positions == "learned":
+            self.positions = dense(weights.pop("embed_positions.weight"))
+        self.norm = take_norm(weights, "norm")
         self.head = product(embedding if config.tied_head else weights.pop("lm_head.weight"))
         self.layers = [_layer(weights, f"layers.{i}.") for i in range(config.num_layers)]
         self._cos, self._sin = rotary(config)
@@ -66,13 +72,15 @@ class Decoder:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights as held: a tied embedding is there twice, once laid out as head."""
-        held = self.embedding.nbytes + self.norm.nbytes + self.head.num_bytes
+        held = self.embedding.nbytes + self.head.num_bytes
+        vectors = [self.positions, self.norm.weight, self.norm.bias]
         for layer in self.layers:
-            norms = (layer.attention_norm, layer.ffn_norm, layer.q_norm, layer.k_norm)
-            held += sum(norm.nbytes for norm in norms if norm is not None)
+            for norm in (layer.attention_norm, layer.ffn_norm):
+                vectors += [norm.weight, norm.bias]
+            vectors += [layer.q_norm, layer.k_norm]
             products = (layer.qkv, layer.output, layer.gate_up, layer.down)
             held += sum(product.num_bytes for product in products)
-        return held
+        return held + sum(vector.nbytes for vector in vectors if vector is not None)
 
     def start(self, threads: int, cpus: Sequence[int] = ()) -> None:
         """Nothing to start: torch's pool belongs to the thread that calls."""
@@ -90,37 +98,47 @@ class Decoder:
         The normed last hidden states of `pooled_rows` are written to `hidden`
         `[len(pooled_rows), E]`, if given.
         """
-        eps, size = self.config.rms_norm_eps, (self.config.hidden_size,)
-        positions = torch.from_numpy(step.positions)
-        cos_N1D = self._cos[positions].unsqueeze(1)
-        sin_N1D = self._sin[positions].unsqueeze(1)
+        positions_N = torch.from_numpy(step.positions)
         x_NE = F.embedding(torch.from_numpy(step.tokens), self.embedding)
+        if self.positions is not None:
+            x_NE += self.positions[positions_N]
         for index, layer in enumerate(self.layers):
-            normed_NE = F.rms_norm(x_NE, size, layer.attention_norm, eps)
-            qkv_NHD = self._project(layer, normed_NE, cos_N1D, sin_N1D)
+            normed_NE = self._normed(x_NE, layer.attention_norm)
+            qkv_NHD = self._project(layer, normed_NE, positions_N)
             mixed_NE = self._attend(index, qkv_NHD, step, cache)
             x_NE = x_NE + layer.output(mixed_NE)
-            normed_NE = F.rms_norm(x_NE, size, layer.ffn_norm, eps)
-            gate_NF, up_NF = layer.gate_up(normed_NE).chunk(2, dim=-1)
-            x_NE = x_NE + layer.down(F.silu(gate_NF).mul_(up_NF))
+            fed_NF = layer.gate_up(self._normed(x_NE, layer.ffn_norm))
+            x_NE = x_NE + layer.down(self._activated(fed_NF))
         if hidden is not None:
-            pooled = x_NE[torch.from_numpy(step.pooled_rows)]
-            hidden.copy_(F.rms_norm(pooled, size, self.norm, eps))
-        last = F.rms_norm(x_NE[torch.from_numpy(step.sample_rows)], size, self.norm, eps)
-        return self.head(last)
+            hidden.copy_(self._normed(x_NE[torch.from_numpy(step.pooled_rows)], self.norm))
+        return self.head(self._normed(x_NE[torch.from_numpy(step.sample_rows)], self.norm))
 
-    def _project(
-        self, layer: Layer, x_NE: torch.Tensor, cos_N1D: torch.Tensor, sin_N1D: torch.Tensor
-    ) -> torch.Tensor:
-        """Return queries, keys and values `[N, H + 2K, D]`, the first two rotated."""
+    def _normed(self, x_NE: torch.Tensor, norm: NormWeights) -> torch.Tensor:
+        size, eps = (self.config.hidden_size,), self.config.norm_eps
+        if self.config.norm == "layer":
+            return F.layer_norm(x_NE, size, norm.weight, norm.bias, eps)
+        return F.rms_norm(x_NE, size, norm.weight, eps)
+
+    def _activated(self, fed_NF: torch.Tensor) -> torch.Tensor:
+        if self.config.ffn == "gelu":
+            return F.gelu(fed_NF, approximate="tanh")
+        gate_NF, up_NF = fed_NF.chunk(2, dim=-1)
+        return F.silu(gate_NF).mul_(up_NF)
+
+    def _project(self, layer: Layer, x_NE: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+        """Return queries, keys and values `[N, H + 2K, D]`, the first two rotated if they are."""
         config = self.config
         qkv_NHD = layer.qkv(x_NE).view(len(x_NE), -1, config.head_size)
         num_heads, num_kv = config.num_heads, config.num_kv_heads
         if layer.q_norm is not None and layer.k_norm is not None:
-            size, eps = (config.head_size,), config.rms_norm_eps
+            size, eps = (config.head_size,), config.norm_eps
             q_NHD, k_NKD = qkv_NHD[:, :num_heads], qkv_NHD[:, num_heads : num_heads + num_kv]
             q_NHD.copy_(F.rms_norm(q_NHD, size, layer.q_norm, eps))
             k_NKD.copy_(F.rms_norm(k_NKD, size, layer.k_norm, eps))
+        if self.positions is not None:
+            return qkv_NHD
+        cos_N1D = self._cos[positions_N].unsqueeze(1)
+        sin_N1D = self._sin[positions_N].unsqueeze(1)
         qk = qkv_NHD[:, : num_heads + num_kv]
         half = config.head_size // 2
         turned = torch.cat((-qk[..., half:], qk[..., :half]), dim=-1)
@@ -162,8 +180,10 @@ def _layer(weights: MutableMapping[str, Weight], prefix: str) -> Layer:
         k_norm=taken.k_norm,
         output=product(taken.output, taken.output_bias),
         ffn_norm=taken.ffn_norm,
-        gate_up=product(joined((taken.gate, taken.up))),
-        down=product(taken.down),
+        gate_up=product(
+            taken.up if taken.gate is None else joined((taken.gate, taken.up)), taken.up_bias
+        ),
+        down=product(taken.down, taken.down_bias),
     )
 
 

@@ -9,13 +9,15 @@ import numpy as np
 import torch
 
 from toolkit.errors import FormatError, UsageError, require, unknown_name
+from toolkit.serve.model import gpt2
 from toolkit.serve.model.config import DecoderConfig
 from toolkit.serve.model.grouped import Grouped, Weight, from_gguf
-from toolkit.serve.model.loaded import LoadedModel, check
+from toolkit.serve.model.loaded import LoadedModel, check, rows_of, split
 
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3")
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
+    "attn_qkv": "self_attn.qkv_proj",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -27,7 +29,12 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_TOP_NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
+_TOP_NAMES = {
+    "token_embd": "embed_tokens",
+    "position_embd": "embed_positions",
+    "output_norm": "norm",
+    "output": "lm_head",
+}
 
 
 def load(path: Path, *, keep_blocks: bool = False) -> LoadedModel:
@@ -38,13 +45,23 @@ def load(path: Path, *, keep_blocks: bool = False) -> LoadedModel:
         fields = dict(reader.fields)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         config = _config(fields, tensors, path)
-        names = {name: _renamed(name, path) for name in tensors if name != "rope_freqs.weight"}
-        shapes = {new: tuple(map(int, reversed(tensors[old].shape))) for old, new in names.items()}
-        check(config, shapes, path)
-        weights = {
-            new: _arranged(new, _weight(gguf, tensors[old], keep_blocks), config)
-            for old, new in names.items()
+        sizes = {name: tuple(map(int, reversed(tensors[name].shape))) for name in tensors}
+        parts = {
+            name: split(_renamed(name, path), size[0])
+            for name, size in sizes.items()
+            if name != "rope_freqs.weight"
         }
+        shapes = {
+            new: (len(rows), *sizes[old][1:])
+            for old, into in parts.items()
+            for new, rows in into.items()
+        }
+        check(config, shapes, path)
+        weights: dict[str, Weight] = {}
+        for old, into in parts.items():
+            stored = _weight(gguf, tensors[old], keep_blocks)
+            for new, rows in into.items():
+                weights[new] = _arranged(new, rows_of(stored, rows), config)
         return LoadedModel(config, weights, _eos_ids(fields))
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
         # The reader has no error of its own: a torn file shows as whatever numpy makes of it.
@@ -69,10 +86,22 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any], path: Path) -> Deco
     if value("expert_count", 0):
         raise UsageError(f"{path} is a mixture of experts, which is not supported")
     hidden, heads = int(value("embedding_length")), int(value("attention.head_count"))
+    vocab_size = int(tensors["token_embd.weight"].shape[1])
+    context = int(value("context_length"))
+    if architecture == "gpt2":
+        return gpt2.describe(
+            num_layers=int(value("block_count")),
+            hidden_size=hidden,
+            num_heads=heads,
+            ffn_size=int(value("feed_forward_length")),
+            vocab_size=vocab_size,
+            max_context=context,
+            norm_eps=float(value("attention.layer_norm_epsilon")),
+            tied_head="output.weight" not in tensors,
+        )
     head_size = int(value("attention.key_length", hidden // heads))
     if int(value("rope.dimension_count", head_size)) != head_size:
         raise UsageError(f"{path} rotates only part of each head, which is not supported")
-    context = int(value("context_length"))
     return DecoderConfig(
         architecture=architecture,
         num_layers=int(value("block_count")),
@@ -81,10 +110,10 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any], path: Path) -> Deco
         num_kv_heads=int(value("attention.head_count_kv", heads)),
         head_size=head_size,
         ffn_size=int(value("feed_forward_length")),
-        vocab_size=int(tensors["token_embd.weight"].shape[1]),
+        vocab_size=vocab_size,
         # Within its window, sliding attention is plain attention.
         max_context=min(context, int(value("attention.sliding_window", context))),
-        rms_norm_eps=float(value("attention.layer_norm_rms_epsilon")),
+        norm_eps=float(value("attention.layer_norm_rms_epsilon")),
         rope_theta=float(value("rope.freq_base", 10000.0)),
         rope_divisors=_divisors(
             value("rope.scaling.type", "none"), value, tensors, head_size, path

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from toolkit.errors import FormatError, UsageError, require, unknown_name
+from toolkit.serve.model import gpt2
 from toolkit.serve.model.config import DecoderConfig, RopeScaling
 from toolkit.serve.model.loaded import LoadedModel, check
 
-_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+_ARCHITECTURES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 _INDEX = "model.safetensors.index.json"
 # Buffers that old checkpoints carry and every loader recomputes.
 _DERIVED = ("rotary_emb.inv_freq",)
@@ -23,6 +24,8 @@ def load(folder: Path) -> LoadedModel:
     settings = _json(folder / "config.json")
     config = _config(settings, folder)
     weights = _weights(folder)
+    if config.architecture == "gpt2":
+        weights = gpt2.weights(weights)
     if config.tied_head:
         weights.pop("lm_head.weight", None)
     check(config, {name: tensor.shape for name, tensor in weights.items()}, folder)
@@ -47,43 +50,49 @@ def _config(settings: dict[str, Any], folder: Path) -> DecoderConfig:
     architecture = settings.get("model_type", "")
     if architecture not in _ARCHITECTURES:
         raise unknown_name(f"architecture in {folder}:", architecture, _ARCHITECTURES)
+    try:
+        if architecture == "gpt2":
+            return gpt2.config(settings, folder)
+        return _llama(architecture, settings, folder)
+    except KeyError as error:
+        raise FormatError(f"{folder}/config.json does not state {error}") from error
+
+
+def _llama(architecture: str, settings: dict[str, Any], folder: Path) -> DecoderConfig:
     activation = settings.get("hidden_act", "silu")
     if activation != "silu" or settings.get("mlp_bias"):
         raise UsageError(
             f"{folder} uses activation {activation!r} and mlp_bias {settings.get('mlp_bias')}; "
             "only silu without bias is supported"
         )
-    try:
-        heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
-        # transformers 5 writes rope_parameters; before, rope_theta and rope_scaling lay apart.
-        rope = settings.get("rope_parameters") or {
-            "rope_theta": settings.get("rope_theta", 10000.0),
-            **(settings.get("rope_scaling") or {}),
-        }
-        head_size = settings.get("head_dim") or hidden // heads
-        scaling, divisors = _rope(rope, head_size, folder)
-        biased = bool(settings.get("attention_bias", False))
-        return DecoderConfig(
-            architecture=architecture,
-            num_layers=settings["num_hidden_layers"],
-            hidden_size=hidden,
-            num_heads=heads,
-            num_kv_heads=settings.get("num_key_value_heads") or heads,
-            head_size=head_size,
-            ffn_size=settings["intermediate_size"],
-            vocab_size=settings["vocab_size"],
-            max_context=_context(settings),
-            rms_norm_eps=settings["rms_norm_eps"],
-            rope_theta=float(rope["rope_theta"]),
-            rope_scaling=scaling,
-            rope_divisors=divisors,
-            tied_head=bool(settings.get("tie_word_embeddings", False)),
-            qkv_bias=biased or architecture == "qwen2",
-            output_bias=biased and architecture != "qwen2",
-            qk_norm=architecture == "qwen3",
-        )
-    except KeyError as error:
-        raise FormatError(f"{folder}/config.json does not state {error}") from error
+    heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
+    # transformers 5 writes rope_parameters; before, rope_theta and rope_scaling lay apart.
+    rope = settings.get("rope_parameters") or {
+        "rope_theta": settings.get("rope_theta", 10000.0),
+        **(settings.get("rope_scaling") or {}),
+    }
+    head_size = settings.get("head_dim") or hidden // heads
+    scaling, divisors = _rope(rope, head_size, folder)
+    biased = bool(settings.get("attention_bias", False))
+    return DecoderConfig(
+        architecture=architecture,
+        num_layers=settings["num_hidden_layers"],
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=settings.get("num_key_value_heads") or heads,
+        head_size=head_size,
+        ffn_size=settings["intermediate_size"],
+        vocab_size=settings["vocab_size"],
+        max_context=_context(settings),
+        norm_eps=settings["rms_norm_eps"],
+        rope_theta=float(rope["rope_theta"]),
+        rope_scaling=scaling,
+        rope_divisors=divisors,
+        tied_head=bool(settings.get("tie_word_embeddings", False)),
+        qkv_bias=biased or architecture == "qwen2",
+        output_bias=biased and architecture != "qwen2",
+        qk_norm=architecture == "qwen3",
+    )
 
 
 def _context(settings: dict[str, Any]) -> int:

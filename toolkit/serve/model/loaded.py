@@ -10,7 +10,7 @@ import torch
 
 from toolkit.errors import FormatError
 from toolkit.serve.model.config import DecoderConfig
-from toolkit.serve.model.grouped import Weight, dense, joined
+from toolkit.serve.model.grouped import Grouped, Weight, dense, joined
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,36 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
+class NormWeights:
+    """What a norm scales by and, if it is a layer norm, adds."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """One layer's weights: query, key and value stacked, because they read the same input."""
 
-    attention_norm: torch.Tensor
+    attention_norm: NormWeights
     qkv: Weight
     qkv_bias: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
     output: Weight
     output_bias: torch.Tensor | None
-    ffn_norm: torch.Tensor
-    gate: Weight
+    ffn_norm: NormWeights
+    gate: Weight | None
     up: Weight
+    up_bias: torch.Tensor | None
     down: Weight
+    down_bias: torch.Tensor | None
+
+
+def take_norm(weights: MutableMapping[str, Weight], name: str) -> NormWeights:
+    """Take a norm's weights out of `weights`."""
+    bias = weights.pop(f"{name}.bias", None)
+    return NormWeights(dense(weights.pop(f"{name}.weight")), None if bias is None else dense(bias))
 
 
 def take_layer(weights: MutableMapping[str, Weight], prefix: str) -> LayerWeights:
@@ -46,13 +62,10 @@ def take_layer(weights: MutableMapping[str, Weight], prefix: str) -> LayerWeight
         found = weights.pop(prefix + name, None)
         return None if found is None else dense(found)
 
-    def needed(name: str) -> torch.Tensor:
-        return dense(weights.pop(prefix + name))
-
     qkv = [f"{prefix}self_attn.{name}_proj" for name in "qkv"]
     biased = f"{qkv[0]}.bias" in weights
     return LayerWeights(
-        attention_norm=needed("input_layernorm.weight"),
+        attention_norm=take_norm(weights, f"{prefix}input_layernorm"),
         qkv=joined([weights.pop(f"{name}.weight") for name in qkv]),
         qkv_bias=torch.cat([dense(weights.pop(f"{name}.bias")) for name in qkv])
         if biased
@@ -61,10 +74,12 @@ def take_layer(weights: MutableMapping[str, Weight], prefix: str) -> LayerWeight
         k_norm=vector("self_attn.k_norm.weight"),
         output=weights.pop(f"{prefix}self_attn.o_proj.weight"),
         output_bias=vector("self_attn.o_proj.bias"),
-        ffn_norm=needed("post_attention_layernorm.weight"),
-        gate=weights.pop(f"{prefix}mlp.gate_proj.weight"),
+        ffn_norm=take_norm(weights, f"{prefix}post_attention_layernorm"),
+        gate=weights.pop(f"{prefix}mlp.gate_proj.weight", None),
         up=weights.pop(f"{prefix}mlp.up_proj.weight"),
+        up_bias=vector("mlp.up_proj.bias"),
         down=weights.pop(f"{prefix}mlp.down_proj.weight"),
+        down_bias=vector("mlp.down_proj.bias"),
     )
 
 
@@ -75,8 +90,10 @@ def expected(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     rows["v"] = rows["k"]
     shapes: dict[str, tuple[int, ...]] = {
         "embed_tokens.weight": (config.vocab_size, hidden),
-        "norm.weight": (hidden,),
     }
+    norms = ["norm"]
+    if config.positions == "learned":
+        shapes["embed_positions.weight"] = (config.max_context, hidden)
     if not config.tied_head:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     for layer in range(config.num_layers):
@@ -91,12 +108,42 @@ def expected(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         if config.qk_norm:
             shapes[f"{at}self_attn.q_norm.weight"] = (config.head_size,)
             shapes[f"{at}self_attn.k_norm.weight"] = (config.head_size,)
-        shapes[f"{at}mlp.gate_proj.weight"] = (config.ffn_size, hidden)
+        if config.ffn == "silu_gate":
+            shapes[f"{at}mlp.gate_proj.weight"] = (config.ffn_size, hidden)
         shapes[f"{at}mlp.up_proj.weight"] = (config.ffn_size, hidden)
         shapes[f"{at}mlp.down_proj.weight"] = (hidden, config.ffn_size)
-        shapes[f"{at}input_layernorm.weight"] = (hidden,)
-        shapes[f"{at}post_attention_layernorm.weight"] = (hidden,)
+        if config.ffn_bias:
+            shapes[f"{at}mlp.up_proj.bias"] = (config.ffn_size,)
+            shapes[f"{at}mlp.down_proj.bias"] = (hidden,)
+        norms += [f"{at}input_layernorm", f"{at}post_attention_layernorm"]
+    for kind in ("weight", "bias") if config.norm == "layer" else ("weight",):
+        shapes |= {f"{name}.{kind}": (hidden,) for name in norms}
     return shapes
+
+
+def split(name: str, rows: int) -> dict[str, range]:
+    """Return the names here of a file's weight, and which of its rows each is.
+
+    One name and all rows, but for a `qkv_proj`, which is three matrices in one.
+
+    >>> split("layers.0.self_attn.qkv_proj.bias", 6)["layers.0.self_attn.k_proj.bias"]
+    range(2, 4)
+    """
+    if ".qkv_proj." not in name:
+        return {name: range(rows)}
+    ends = [rows * i // 3 for i in range(4)]
+    return {
+        name.replace("qkv_proj", f"{part}_proj"): range(*ends[i : i + 2])
+        for i, part in enumerate("qkv")
+    }
+
+
+def rows_of(weight: Weight, rows: range) -> Weight:
+    """Return these rows of a weight: itself when they are all."""
+    if len(rows) == weight.shape[0]:
+        return weight
+    index = torch.arange(rows.start, rows.stop)
+    return weight.take(index) if isinstance(weight, Grouped) else weight[index]
 
 
 def check(config: DecoderConfig, shapes: Mapping[str, Sequence[int]], where: Path) -> None:

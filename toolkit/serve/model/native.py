@@ -1,4 +1,4 @@
-"""A Llama-family decoder on the CPU kernels: packed weights, one call a step."""
+"""A decoder on the CPU kernels: packed weights, one call a step."""
 
 from __future__ import annotations
 
@@ -16,9 +16,17 @@ from toolkit.serve.model.config import DecoderConfig
 from toolkit.serve.model.decoder import rotary
 from toolkit.serve.model.grouped import Weight, dense
 from toolkit.serve.model.inputs import StepInput
-from toolkit.serve.model.kernels.library import CCache, CLayer, CModel, CStep, Team, library
+from toolkit.serve.model.kernels.library import (
+    CCache,
+    CLayer,
+    CModel,
+    CNorm,
+    CStep,
+    Team,
+    library,
+)
 from toolkit.serve.model.kernels.packed import Arena, Format, PackedMatrix, pack, side_by_side
-from toolkit.serve.model.loaded import take_layer
+from toolkit.serve.model.loaded import NormWeights, take_layer, take_norm
 
 # Activations are padded to this many numbers, and so are the weights they are scaled by.
 _PADDING = 32
@@ -48,9 +56,13 @@ class NativeDecoder:
         self._matrices: list[PackedMatrix] = []
         embedding = weights.pop("embed_tokens.weight")
         head = embedding if config.tied_head else weights.pop("lm_head.weight")
-        cos, sin = rotary(config)
-        half = config.head_size // 2
-        norm = weights.pop("norm.weight")
+        norm = take_norm(weights, "norm")
+        # Whichever is null says that positions come the other way.
+        positions = cos = sin = None
+        if config.positions == "learned":
+            positions = self._keep(dense(weights.pop("embed_positions.weight")))
+        else:
+            cos, sin = (self._keep(each[:, : config.head_size // 2]) for each in rotary(config))
         self._head = pack(head, self.library, arena=self._arena)
         self._matrices.append(self._head)
         layers = (CLayer * config.num_layers)(
@@ -64,16 +76,18 @@ class NativeDecoder:
             head_size=config.head_size,
             ffn=config.ffn_size,
             vocab=config.vocab_size,
-            eps=config.rms_norm_eps,
+            eps=config.norm_eps,
+            gelu=config.ffn == "gelu",
             layer=layers,
-            norm=self._padded(dense(norm)),
+            norm=self._norm(norm),
             head=self._head.c,
             # A tied embedding is read out of the head, so that it is held once.
             embedding=None
             if config.tied_head
             else self._keep(dense(embedding)[:, : config.hidden_size]),
-            cos=self._keep(cos[:, :half]),
-            sin=self._keep(sin[:, :half]),
+            positions=positions,
+            cos=cos,
+            sin=sin,
         )
         assert not weights, f"weights nobody reads: {sorted(weights)}"
         self._team: Team | None = None
@@ -174,19 +188,28 @@ class NativeDecoder:
     def _layer(self, weights: MutableMapping[str, Weight], prefix: str) -> CLayer:
         taken = take_layer(weights, prefix)
         return CLayer(
-            attention_norm=self._padded(taken.attention_norm),
+            attention_norm=self._norm(taken.attention_norm),
             q_norm=None if taken.q_norm is None else self._keep(taken.q_norm),
             k_norm=None if taken.k_norm is None else self._keep(taken.k_norm),
-            ffn_norm=self._padded(taken.ffn_norm),
+            ffn_norm=self._norm(taken.ffn_norm),
             qkv=self._matrix(taken.qkv, taken.qkv_bias),
             output=self._matrix(taken.output, taken.output_bias),
-            gate_up=self._matrix(side_by_side(taken.gate, taken.up, self.library)),
-            down=self._matrix(taken.down),
+            gate_up=self._matrix(
+                taken.up
+                if taken.gate is None
+                else side_by_side(taken.gate, taken.up, self.library),
+                taken.up_bias,
+            ),
+            down=self._matrix(taken.down, taken.down_bias),
         )
 
     def _matrix(self, weight: Weight, bias: torch.Tensor | None = None) -> Any:
         self._matrices.append(pack(weight, self.library, bias, self._arena))
         return self._matrices[-1].c
+
+    def _norm(self, norm: NormWeights) -> CNorm:
+        bias = None if norm.bias is None else self._padded(norm.bias)
+        return CNorm(self._padded(norm.weight), bias)
 
     def _padded(self, vector: torch.Tensor) -> int:
         return self._keep(F.pad(vector, (0, -len(vector) % _PADDING)))

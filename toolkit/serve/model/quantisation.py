@@ -27,6 +27,8 @@ Mode = Literal["none", "int8", "int4"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 # Every logit is a sum over one row of these: four bits are too few for them.
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
+# Added to the embedding, never multiplied.
+_POSITIONS = "embed_positions.weight"
 # A decoding sequence alone, and a full batch: what is timed to choose a format.
 _ROWS = (1, 32)
 # More than processors cache, so that a row alone is timed against memory.
@@ -112,7 +114,7 @@ def converted(name: str, weight: Weight, mode: Mode) -> Weight:
     "none" is float32. "int8" and "int4" take the file's own groups where it has them at these
     bits; "int4" keeps 8 bits where the file has 8, and for the vocabulary.
     """
-    if len(weight.shape) < 2 or mode == "none":
+    if len(weight.shape) < 2 or name == _POSITIONS or mode == "none":
         return dense(weight)
     if isinstance(weight, Grouped) and weight.bits in ((8,) if mode == "int8" else (4, 8)):
         return weight

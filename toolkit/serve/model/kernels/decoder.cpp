@@ -1,72 +1,13 @@
-// One call computes one step of a Llama-family decoder: every layer, for every sequence of a batch.
+// One call computes one step of a decoder: every layer, for every sequence of a batch.
 //
 // All members of the team run the same walk through the layers and share out each phase's work;
 // a barrier ends a phase. Floating point is never reassociated, so build without -ffast-math.
 
-
-
-
-#include "attention.h"
+#include "embedding.h"
+#include "norm.h"
+#include "rows.h"
 
 namespace kernels {
-
-struct Layer {
-  const float *attention_norm, *q_norm, *k_norm, *ffn_norm;  // q_norm, k_norm may be null
-  Matrix qkv, output, gate_up, down;
-};
-
-struct Model {
-  int32_t layers, hidden, heads, kv_heads, head_size, ffn, vocab, reserved;
-  float eps, reserved_float;
-  const Layer* layer;
-  const float* norm;
-  Matrix head;
-  const float* embedding;  // [vocab, hidden], or null: rows are read out of `head`
-  const float *cos, *sin;  // [context, head_size / 2]
-};
-
-struct Step {
-  int32_t num_tokens, num_sequences, num_samples, logits_stride;
-  const int32_t *tokens, *positions, *slots, *tables, *sample_rows;
-  const Sequence* sequences;
-  float* logits;
-  // Rows whose normed last hidden states are wanted, each `hidden_stride` (whole groups) apart.
-  const int32_t* pooled_rows;
-  float* hidden;
-  int32_t num_pooled, hidden_stride;
-};
-
-template <class T>
-struct Buffer {
-  std::vector<T> held;
-  T* data = nullptr;
-  // At least `count` zeros on a cache line; what was there is lost.
-  void size_for(size_t count) {
-    if (count + 64 <= held.size()) return;
-    held.assign(count + 64, T{});
-    data = (T*)(((uintptr_t)held.data() + 63) & ~(uintptr_t)63);
-  }
-};
-
-// Activations of one width, with room for their levels.
-struct Rows {
-  Buffer<float> values, scales, scaled_sums;
-  Buffer<Act8> levels8;
-  Buffer<int8_t> levels4;
-  Buffer<int32_t> sums;
-  Activations view{};
-  void size_for(int rows, int width) {
-    const int stride = round_up(width, GROUP), groups = num_groups(width);
-    values.size_for((size_t)rows * stride);
-    levels8.size_for((size_t)rows * stride);
-    levels4.size_for((size_t)rows * stride);
-    scales.size_for((size_t)rows * groups);
-    scaled_sums.size_for((size_t)rows * groups);
-    sums.size_for((size_t)rows * groups);
-    view = {stride, groups, values.data, levels8.data, levels4.data,
-            scales.data, scaled_sums.data, sums.data};
-  }
-};
 
 // Up to so many rows every member normalises and quantises for itself: less than a barrier takes.
 constexpr int OWN_ROWS = 2;
@@ -83,64 +24,6 @@ struct Context {
     for (auto& each : partial) each.size_for((size_t)BLOCK_ROWS * NR);
   }
 };
-
-// y = x / sqrt(mean of x^2 + eps) * weight, over `size` values; padding is zero and stays zero.
-inline void normalise(const float* x, const float* weight, float* y, int size, float eps) {
-  F squares = zero();
-  for (int i = 0; i < round_up(size, GROUP); i += L) squares = fma(load(x + i), load(x + i), squares);
-  const F scale = splat(1.0f / std::sqrt(sum(squares) / (float)size + eps));
-  for (int i = 0; i < round_up(size, GROUP); i += L)
-    store(y + i, mul(mul(load(x + i), scale), load(weight + i)));
-}
-
-// The same for one head, whose size need not be whole vectors.
-inline void normalise_head(float* x, const float* weight, int size, float eps) {
-  float squares = 0.0f;
-  for (int i = 0; i < size; ++i) squares += x[i] * x[i];
-  const float scale = 1.0f / std::sqrt(squares / (float)size + eps);
-  for (int i = 0; i < size; ++i) x[i] = x[i] * scale * weight[i];
-}
-
-inline void rotate(float* x, const float* cos, const float* sin, int half) {
-  for (int i = 0; i < half; ++i) {
-    const float a = x[i], b = x[i + half];
-    x[i] = a * cos[i] - b * sin[i];
-    x[i + half] = b * cos[i] + a * sin[i];
-  }
-}
-
-// The first `size` numbers of row `n` of a packed matrix, dequantised.
-void unpack_row(const Matrix& m, int n, int size, float* to) {
-  const auto* w = (const uint8_t*)m.panels + panel_bytes(m.format, m.k) * (n / NR);
-  const int lane = n % NR, vector = lane / L, at = lane % L;
-  if (m.format == FLOAT32) {
-    for (int i = 0; i < size; ++i) to[i] = ((const float*)w)[(size_t)i * NR + lane];
-    return;
-  }
-  for (int g = 0; g < num_groups(size); ++g) {
-    float scale[NR], minimum[NR];
-    const bool half = m.format != INT4W;
-    const size_t row = half ? 2 * NR : 4 * NR;
-    for (int i = 0; i < NR; i += L) {
-      store(scale + i, half ? load((const uint16_t*)w + i) : load((const float*)w + i));
-      if (m.format != INT8)
-        store(minimum + i, half ? load((const uint16_t*)(w + row) + i)
-                                : load((const float*)(w + row) + i));
-    }
-    w += m.format == INT8 ? row : 2 * row;
-    for (int i = 0; i < GROUP && g * GROUP + i < size; ++i) {
-      float& out = to[g * GROUP + i];
-      if (m.format == INT8) {
-        const int k = i / INT8_K;
-        out = scale[lane] * ((const int8_t*)w)[(k * 2 + vector) * L * INT8_K + at * INT8_K + i % INT8_K];
-      } else {
-        const uint8_t both = w[(i / 4 * L + at) * 4 + i % 4];
-        out = scale[lane] * (vector ? both >> 4 : both & 15) + minimum[lane];
-      }
-    }
-    w += m.format == INT8 ? GROUP * NR : GROUP / 2 * NR;
-  }
-}
 
 template <class Kept>
 class Walk {
@@ -210,7 +93,8 @@ class Walk {
               {Output::ADD, c_.residual.view.values, c_.residual.view.stride, layer.output.bias});
       const auto fed = norm_rows(member, phase++, layer.ffn_norm, layer.gate_up.format);
       product(phase++, layer.gate_up, fed, rows, partial,
-              {Output::GATE, c_.gated.view.values, c_.gated.view.stride, nullptr});
+              {m_.gelu ? Output::GELU : Output::GATE, c_.gated.view.values, c_.gated.view.stride,
+               layer.gate_up.bias});
       const auto gated = quantise_rows(member, phase++, c_.gated, layer.down.format);
       product(phase++, layer.down, gated, rows, partial,
               {Output::ADD, c_.residual.view.values, c_.residual.view.stride, layer.down.bias});
@@ -251,10 +135,13 @@ class Walk {
       std::memcpy(to, m_.embedding + (size_t)token * m_.hidden, sizeof(float) * m_.hidden);
     else
       unpack_row(m_.head, token, m_.hidden, to);
+    if (!m_.positions) return;
+    const float* position = m_.positions + (size_t)step_.positions[row] * m_.hidden;
+    for (int i = 0; i < m_.hidden; ++i) to[i] += position[i];
   }
 
-  void norm_row(int row, const float* weight, const Activations& to, int to_row, int format) {
-    normalise(c_.residual.view.values + (size_t)row * c_.residual.view.stride, weight,
+  void norm_row(int row, const Norm& norm, const Activations& to, int to_row, int format) {
+    normalise(c_.residual.view.values + (size_t)row * c_.residual.view.stride, norm,
               to.values + (size_t)to_row * to.stride, m_.hidden, m_.eps);
     if (format != FLOAT32) quantise(to, format, to_row);
   }
@@ -269,13 +156,13 @@ class Walk {
   }
 
   // The residual stream normalised, and quantised for products of `format`.
-  Activations norm_rows(int member, int phase, const float* weight, int format) {
+  Activations norm_rows(int member, int phase, const Norm& norm, int format) {
     if (!by_oneself()) {
-      by_row(phase, [&](int row) { norm_row(row, weight, c_.normed.view, row, format); });
+      by_row(phase, [&](int row) { norm_row(row, norm, c_.normed.view, row, format); });
       return c_.normed.view;
     }
     const Activations to = own(member, c_.normed.view);
-    for (int row = 0; row < step_.num_tokens; ++row) norm_row(row, weight, to, row, format);
+    for (int row = 0; row < step_.num_tokens; ++row) norm_row(row, norm, to, row, format);
     return to;
   }
 
@@ -296,14 +183,13 @@ class Walk {
   void place(const Layer& layer, const Attention<Kept>& attention, int row, int head) {
     float* q = c_.qkv.view.values + (size_t)row * c_.qkv.view.stride;
     const int size = m_.head_size, half = size / 2, group = shape_.group();
-    const float* cos = m_.cos + (size_t)step_.positions[row] * half;
-    const float* sin = m_.sin + (size_t)step_.positions[row] * half;
+    const size_t angles = (size_t)step_.positions[row] * half;
     float* key = q + (m_.heads + head) * size;
     for (int i = 0; i <= group; ++i) {
       float* at = i < group ? q + (head * group + i) * size : key;
       const float* norm = i < group ? layer.q_norm : layer.k_norm;
       if (norm) normalise_head(at, norm, size, m_.eps);
-      rotate(at, cos, sin, half);
+      if (m_.cos) rotate(at, m_.cos + angles, m_.sin + angles, half);
     }
     attention.write(step_.slots[row], head, key, key + m_.kv_heads * size);
   }

@@ -1,4 +1,7 @@
-"""The kernels' functions and structures, as ctypes sees them; decoder.cpp holds the other half."""
+"""The kernels' functions and structures, as ctypes sees them.
+
+The other half is in model.h, attention.h and decoder.cpp.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,13 @@ class CMatrix(Structure):
     )  # fmt: skip
 
 
+class CNorm(Structure):
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p))
+
+
 class CLayer(Structure):
     _fields_ = (
-        ("attention_norm", c_void_p), ("q_norm", c_void_p), ("k_norm", c_void_p),
-        ("ffn_norm", c_void_p),
+        ("attention_norm", CNorm), ("ffn_norm", CNorm), ("q_norm", c_void_p), ("k_norm", c_void_p),
         ("qkv", CMatrix), ("output", CMatrix), ("gate_up", CMatrix), ("down", CMatrix),
     )  # fmt: skip
 
@@ -33,10 +39,10 @@ class CLayer(Structure):
 class CModel(Structure):
     _fields_ = (
         ("layers", c_int32), ("hidden", c_int32), ("heads", c_int32), ("kv_heads", c_int32),
-        ("head_size", c_int32), ("ffn", c_int32), ("vocab", c_int32), ("reserved", c_int32),
+        ("head_size", c_int32), ("ffn", c_int32), ("vocab", c_int32), ("gelu", c_int32),
         ("eps", c_float), ("reserved_float", c_float),
-        ("layer", POINTER(CLayer)), ("norm", c_void_p), ("head", CMatrix),
-        ("embedding", c_void_p), ("cos", c_void_p), ("sin", c_void_p),
+        ("layer", POINTER(CLayer)), ("norm", CNorm), ("head", CMatrix),
+        ("embedding", c_void_p), ("positions", c_void_p), ("cos", c_void_p), ("sin", c_void_p),
     )  # fmt: skip
 
 

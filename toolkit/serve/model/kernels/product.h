@@ -200,22 +200,30 @@ inline void tiles(int first, int last, Tile tile) {
   }
 }
 
+// x / (1 + e^-y). Beyond -88 the power would not fit a float, and the result is 0 all the same.
+inline F weighed(F x, F y) {
+  return div(x, add(splat(1.0f), exp(sub(zero(), max(y, splat(-88.0f))))));
+}
+// GELU's tanh form: 0.5 x (1 + tanh u) = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3).
+inline F gelu(F x) {
+  const F cubic = fma(mul(mul(x, x), x), splat(0.044715f), x);
+  return weighed(x, mul(cubic, splat(1.59576912f)));
+}
+
 // Where a product's outputs go. `y` has `stride` floats a row, whole panels at least.
 struct Output {
   // GATE: gate and up lie side by side in a panel; silu(gate) x up comes out, L wide.
-  enum Kind { STORE, ADD, GATE } kind;
+  enum Kind { STORE, ADD, GATE, GELU } kind;
   float* y;
   int stride;
   const float* bias;
 
   void put(int panel, int row, F a, F b) const {
     float* to = y + (size_t)row * stride;
-    if (kind == GATE) {
-      const F decay = exp(sub(zero(), a));
-      return store(to + panel * L, mul(div(a, add(splat(1.0f), decay)), b));
-    }
+    if (kind == GATE) return store(to + panel * L, mul(weighed(a, a), b));
     to += panel * NR;
     if (bias) a = add(a, load(bias + panel * NR)), b = add(b, load(bias + panel * NR + L));
+    if (kind == GELU) a = gelu(a), b = gelu(b);
     store(to, kind == ADD ? add(load(to), a) : a);
     store(to + L, kind == ADD ? add(load(to + L), b) : b);
   }
