@@ -63,3 +63,15 @@ def test_a_leak_is_noticed() -> None:
     pool.allocate(1, Phase.PREFILL)
     with pytest.raises(AssertionError, match="1 references, 0 owners"):
         pool.check_integrity([])
+
+
+def test_a_block_published_is_never_written_again() -> None:
+    pool = BlockPool(2, 4)
+    (block,) = pool.allocate(1, Phase.PREFILL)
+    pool.end_write(block)
+    assert pool.publish(block, b"name", b"root") == block
+    with pytest.raises(AssertionError, match="published"):
+        pool.begin_write(block, Phase.DECODE)
+    pool.release([block])
+    assert pool.state(block) is BlockState.CACHED
+    assert pool.match([b"name", b"next"]) == [block]

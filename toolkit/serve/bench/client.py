@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,9 +88,12 @@ class Sample:
 
 
 @dataclass
-class _Record:
+class Record:
+    """A streamed answer: text, when each piece of it came (perf_counter), usage, or an error."""
+
+    text: str = ""
     piece_s: list[float] = field(default_factory=list)
-    usage: dict[str, int] = field(default_factory=dict)
+    usage: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
 
 
@@ -123,11 +126,10 @@ async def run(
         async def one(arrival: Arrival, prompt: str) -> Sample:
             await asyncio.sleep(start_s + arrival.at_s - time.perf_counter())
             sent_s = time.perf_counter()
-            record = await _ask(client, target, prompt, arrival.output_tokens)
+            body = target.body(prompt, arrival.output_tokens)
+            record = await ask(client, target.path, body)
             end_s = time.perf_counter()
             on_done()
-            if record.error is None and not record.piece_s:
-                record.error = "nothing came"
             return Sample(
                 arrival,
                 sent_s - start_s,
@@ -142,12 +144,12 @@ async def run(
         return list(await asyncio.gather(*(one(*pair) for pair in pairs)))
 
 
-async def _ask(client: httpx.AsyncClient, target: Target, prompt: str, length: int) -> _Record:
-    record = _Record()
+async def ask(client: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> Record:
+    """Send one request and return its streamed answer; whatever goes wrong is its `error`."""
+    record = Record()
     streamed = {"stream": True, "stream_options": {"include_usage": True}}
-    body = target.body(prompt, length) | streamed
     try:
-        async with client.stream("POST", target.path, json=body) as answer:
+        async with client.stream("POST", path, json={**body, **streamed}) as answer:
             if answer.status_code != 200:
                 await answer.aread()
                 record.error = f"HTTP {answer.status_code}"
@@ -157,15 +159,18 @@ async def _ask(client: httpx.AsyncClient, target: Target, prompt: str, length: i
                     _hear(json.loads(line.removeprefix("data: ")), record)
     except (httpx.HTTPError, ValueError) as error:
         record.error = type(error).__name__
+    if record.error is None and not record.piece_s:
+        record.error = "nothing came"
     return record
 
 
-def _hear(event: dict[str, Any], record: _Record) -> None:
+def _hear(event: dict[str, Any], record: Record) -> None:
     if "error" in event:
         record.error = str(event["error"].get("code") or event["error"].get("message"))
     record.usage = event.get("usage") or record.usage
     for choice in event.get("choices", ()):
-        if choice.get("text") or (choice.get("delta") or {}).get("content"):
+        if piece := choice.get("text") or (choice.get("delta") or {}).get("content"):
+            record.text += piece
             record.piece_s.append(time.perf_counter())
 
 

@@ -53,8 +53,8 @@ class CallReader(Protocol):
         ...
 
 
-class HermesReader:
-    """Calls between tags; whatever is between them and is no call stays text."""
+class _Pieces:
+    """Text not told yet, of which a reader takes off what is certain, and how many calls were."""
 
     def __init__(self) -> None:
         self._held = ""
@@ -63,36 +63,49 @@ class HermesReader:
     def push(self, text: str) -> list[Piece]:
         self._held += text
         pieces: list[Piece] = []
-        while True:
-            start = self._held.find(_OPEN)
-            if start < 0:
-                keep = overlap(self._held, _OPEN)
-                pieces += _plain(self._held[: len(self._held) - keep])
-                self._held = self._held[len(self._held) - keep :]
-                return pieces
-            pieces += _plain(self._held[:start])
-            self._held = self._held[start:]
-            end = self._held.find(_CLOSE)
-            if end < 0:
-                return pieces
-            pieces += self._call(self._held[: end + len(_CLOSE)])
-            self._held = self._held[end + len(_CLOSE) :]
+        while (found := self._next()) is not None:
+            pieces += found
+        return pieces
+
+    def _next(self) -> list[Piece] | None:
+        """Take the next certain piece off the front; None when more text is needed."""
+        raise NotImplementedError
+
+    def _take(self, count: int) -> str:
+        taken, self._held = self._held[:count], self._held[count:]
+        return taken
+
+    def _numbered(self, found: Any) -> CallPiece | None:
+        call = _call(found, self._num_calls)
+        self._num_calls += call is not None
+        return call
+
+
+class HermesReader(_Pieces):
+    """Calls between tags; whatever is between them and is no call stays text."""
+
+    def _next(self) -> list[Piece] | None:
+        start = self._held.find(_OPEN)
+        if start < 0:
+            start = len(self._held) - overlap(self._held, _OPEN)
+        if start > 0:
+            return [self._take(start)]
+        end = self._held.find(_CLOSE)
+        if end < 0:
+            return None
+        return [self._read(self._take(end + len(_CLOSE)))]
 
     def flush(self) -> list[Piece]:
-        rest, self._held = self._held, ""
+        rest = self._take(len(self._held))
         # A model may end its turn without the closing tag.
-        return self._call(rest) if rest.startswith(_OPEN) else _plain(rest)
+        return [self._read(rest)] if rest.startswith(_OPEN) else _plain(rest)
 
-    def _call(self, text: str) -> list[Piece]:
+    def _read(self, text: str) -> Piece:
         try:
             found = json.loads(text.removeprefix(_OPEN).removesuffix(_CLOSE))
         except ValueError:
-            return [text]
-        call = _call(found, self._num_calls)
-        if call is None:
-            return [text]
-        self._num_calls += 1
-        return [call]
+            return text
+        return self._numbered(found) or text
 
 
 class LlamaReader:
@@ -130,29 +143,20 @@ class LlamaReader:
         return calls
 
 
-class ListReader:
+class ListReader(_Pieces):
     """A JSON list of calls; each is told when it is complete."""
 
-    def __init__(self) -> None:
-        self._held = ""
-        self._num_calls = 0
-
-    def push(self, text: str) -> list[Piece]:
-        self._held += text
-        pieces: list[Piece] = []
-        while True:
-            start = self._held.find("{")
-            if start < 0:
-                return pieces
-            try:
-                found, end = json.JSONDecoder().raw_decode(self._held, start)
-            except ValueError:
-                return pieces
-            self._held = self._held[end:]
-            call = _call(found, self._num_calls)
-            if call is not None:
-                self._num_calls += 1
-                pieces.append(call)
+    def _next(self) -> list[Piece] | None:
+        start = self._held.find("{")
+        if start < 0:
+            return None
+        try:
+            found, end = json.JSONDecoder().raw_decode(self._held, start)
+        except ValueError:
+            return None
+        self._take(end)
+        call = self._numbered(found)
+        return [] if call is None else [call]
 
     def flush(self) -> list[Piece]:
         return []
