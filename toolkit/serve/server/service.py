@@ -172,8 +172,8 @@ class Service:
                 )
                 if params.structured is not None:
                     # Compiling may take a while: others are served meanwhile.
-                    make = self.grammars.make
-                    request.grammar = await asyncio.to_thread(make, params.structured)
+                    matcher = await asyncio.wrap_future(self.grammars.submit(params.structured))
+                    request.grammar = matcher
                 stream = self.tokenizer.stream(request.prompt_ids, params)
                 submissions.append(Submission(request, stream))
         call = Call(self, [submission.request for submission in submissions])
