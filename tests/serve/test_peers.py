@@ -1,6 +1,7 @@
 """Other people's clients and checkers against the server, from an environment of their own.
 
-python -m venv PEERS && PEERS/bin/pip install schemathesis litellm 'lm-eval[api]' transformers
+python -m venv PEERS
+PEERS/bin/pip install schemathesis litellm 'lm-eval[api]' transformers guidellm
 TOOLKIT_PEERS=PEERS python -m pytest tests/serve/test_peers.py
 """
 
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from toolkit.serve.model.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.peer, pytest.mark.slow]
 CHECKS = (
@@ -39,6 +42,12 @@ def run(*command: str | Path, cwd: Path) -> str:
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return done.stdout
+
+
+def tokenizer_folder(gguf: Path, parent: Path) -> Path:
+    folder = parent / "tokenizer"
+    Tokenizer.load(gguf)._pretrained.save_pretrained(folder)
+    return folder
 
 
 def test_schemathesis_finds_no_fault(start: Callable[..., Any], tmp_path: Path) -> None:
@@ -106,11 +115,7 @@ metric_list: [{metric: acc}]
 
 def test_lm_eval_scores_as_we_do(served: Any, tmp_path: Path, smollm2_gguf: Path) -> None:
     """Log-likelihoods through `echo` and `logprobs`: lm-eval's choices are those of our scores."""
-    from toolkit.serve.model.tokenizer import Tokenizer
-
-    command = tool("lm_eval")
-    folder = tmp_path / "tokenizer"
-    Tokenizer.load(smollm2_gguf)._pretrained.save_pretrained(folder)
+    command, folder = tool("lm_eval"), tokenizer_folder(smollm2_gguf, tmp_path)
     data = tmp_path / "data.jsonl"
     questions = [f"The letter number {at} is" for at in range(6)]
     data.write_text("".join(json.dumps({"question": each}) + "\n" for each in questions))
@@ -131,3 +136,29 @@ def test_lm_eval_scores_as_we_do(served: Any, tmp_path: Path, smollm2_gguf: Path
             assert float(logprob) == pytest.approx(sum(scores.token_logprobs[first:]), abs=1e-3)
             tops = [max(top.values()) for top in scores.top_logprobs[first:]]
             assert (greedy in (True, "True")) == (tops == scores.token_logprobs[first:])
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_guidellm_counts_what_was_served(
+    served: Any, tmp_path: Path, smollm2_gguf: Path, path: str
+) -> None:
+    """24 requests at 8 a second, chats of two turns: none fails, and it counts tokens as we do."""
+    command, folder = tool("guidellm"), tokenizer_folder(smollm2_gguf, tmp_path)
+    turns = 2 if "chat" in path else 1
+    told = tmp_path / "told.json"
+    run(
+        command, "run", "--disable-console",
+        "--backend", f"kind=openai_http,target={served.url},model=tiny,request_format={path}",
+        "--profile", "kind=poisson,rate=8", "--constraint", "kind=max_requests,count=24",
+        "--tokenizer", f"kind=huggingface_auto,model={folder}",
+        "--data", f"kind=synthetic_text,prompt_tokens=40,output_tokens=8,turns={turns}",
+        "--output", f"kind=json,path={told}",
+        cwd=tmp_path,
+    )  # fmt: skip
+    (benchmark,) = json.loads(told.read_text())["benchmarks"]
+    totals = benchmark["metrics"]["request_totals"]
+    assert (totals["successful"], totals["errored"], totals["incomplete"]) == (24, 0, 0)
+    drawn = sum(
+        each["output_metrics"]["text_tokens"] for each in benchmark["requests"]["successful"]
+    )
+    assert drawn == 24 * 8
