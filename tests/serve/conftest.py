@@ -15,12 +15,15 @@ import openai
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from toolkit.serve.assemble import EngineSettings, build
 from toolkit.serve.batch import Batch, StepResult
 from toolkit.serve.engine import Engine
 from toolkit.serve.executor.cpu import CpuExecutor
+from toolkit.serve.executor.device import Place
 from toolkit.serve.model import weights
 from toolkit.serve.model.config import DecoderConfig
 from toolkit.serve.model.decoder import Decoder
@@ -83,6 +86,45 @@ def make_engine(
     for engine in made:
         engine.scheduler.check_integrity()
         assert engine.scheduler.pool.num_used == 0, "blocks leaked"
+
+
+class Recorded(TorchDispatchMode):
+    """A CUDA graph as a CPU can have one: calls into ATen, made again over the same memory.
+
+    As there, Python is not run again, and nothing may look at a number on the device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.replays = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a number was looked at"
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def record(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with self:
+            return compute()
+
+    def replay(self) -> None:
+        self.replays += 1
+        for func, args, kwargs, out in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+# A GPU's executor on the CPU: its reference kernels, and recordings that are played back.
+FAKE_GPU = Place(torch.device("cpu"), torch.float32, lambda: 2**24, Recorded)
+
+
+@pytest.fixture
+def fake_gpu() -> Place:
+    return FAKE_GPU
 
 
 class HeldExecutor(CpuExecutor):

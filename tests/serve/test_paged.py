@@ -53,15 +53,19 @@ def test_the_kernel_compiles_for_a_gpu_with_tensor_cores_and_wide_loads() -> Non
     rows, dims = kernel.sizes(4, 128)
     fixed = {"GROUP": 4, "HEAD": 128, "BLOCK": 16, "SPAN": 256, "TILE": 64}
     fixed |= {"ROWS": rows, "DIMS": dims}
-    kinds: dict[str, Any] = dict.fromkeys(kernel.attend_spans.arg_names, "i32")
-    kinds |= dict.fromkeys(("queries", "keys", "values"), "*bf16")
-    kinds |= {"tables": "*i32", "lengths": "*i32", "mixed": "*fp32", "weights": "*fp32"}
-    kinds |= {"scale": "fp32"} | dict.fromkeys(fixed, "constexpr")
+    types = dict.fromkeys(("queries", "keys", "values"), "*bf16") | {"scale": "fp32"}
+    types |= {"tables": "*i32", "lengths": "*i32", "mixed": "*fp32", "weights": "*fp32"}
     aligned = ("queries", "keys", "values", "query_stride", "key_stride", "value_stride")
-    attributes = {
-        (at,): [["tt.divisibility", 16]] for at, name in enumerate(kinds) if name in aligned
-    }
-    source = ASTSource(kernel.attend_spans, kinds, constexprs=fixed, attrs=attributes)
-    ptx = compiled(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
-    assert "mma.sync" in ptx
-    assert "ld.global.b16" not in ptx, "keys or values are read two bytes at a time"
+
+    def ptx(function: Any, types: dict[str, str]) -> str:
+        known = {name: value for name, value in fixed.items() if name in function.arg_names}
+        kinds = dict.fromkeys(function.arg_names, "i32") | types | dict.fromkeys(known, "constexpr")
+        hints = {(at,): [["tt.divisibility", 16]] for at, n in enumerate(kinds) if n in aligned}
+        source = ASTSource(function, kinds, constexprs=known, attrs=hints)
+        return str(compiled(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
+
+    attend = ptx(kernel.attend_spans, types)
+    assert "mma.sync" in attend
+    assert "ld.global.b16" not in attend, "keys or values are read two bytes at a time"
+    joined = {"parts": "*fp32", "weights": "*fp32", "lengths": "*i32", "mixed": "*bf16"}
+    assert "st.global" in ptx(kernel.join_spans, joined)

@@ -20,6 +20,7 @@ from transformers import (
 from toolkit.errors import ToolkitError
 from toolkit.serve.assemble import EngineSettings, build
 from toolkit.serve.batch import Batch, Slice
+from toolkit.serve.executor.device import Place
 from toolkit.serve.model import weights
 from toolkit.serve.model.cache import PagedKV
 from toolkit.serve.model.decoder import Decoder
@@ -181,11 +182,11 @@ def _no_compiler(*_: Any, **__: Any) -> None:
         "gpt2-untied",
     ],
 )
-@pytest.mark.parametrize("path", ["kernels", "torch", "torch without oneDNN"])
+@pytest.mark.parametrize("path", ["kernels", "torch", "torch without oneDNN", "as on a GPU"])
 def test_other_architectures(
-    config: Any, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Any, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_gpu: Place
 ) -> None:
-    if path != "kernels":
+    if path.startswith("torch"):
         monkeypatch.setattr("toolkit.serve.model.quantisation.NativeDecoder", _no_compiler)
     if path == "torch without oneDNN":
         monkeypatch.setattr("toolkit.serve.model.linear._has_packed_products", lambda: False)
@@ -201,9 +202,12 @@ def test_other_architectures(
             torch.nn.init.normal_(parameter, std=0.2)
     theirs.eval().save_pretrained(tmp_path)
     model = weights.load(tmp_path)
-    engine, _ = build(
-        model, EngineSettings(kv_bytes=2**22, threads=1, step_tokens=9, max_batch=3, block_size=4)
+    engine, executor = build(
+        model,
+        EngineSettings(kv_bytes=2**22, threads=1, step_tokens=9, max_batch=3, block_size=4),
+        fake_gpu if path == "as on a GPU" else None,
     )
+    executor.start()
     prompts = [[5, 17, 3, 88, 41, 2, 9, 60, 12, 33, 71], [1], [90, 4, 4, 18]]
     wanted = [greedy(theirs, ids, 20) for ids in prompts]
     check(theirs, prompts, generate(engine, prompts, 20), wanted)

@@ -9,28 +9,48 @@ from typing import Any
 
 import torch
 
-from toolkit.errors import InfeasibleError, UsageError
+from toolkit.errors import InfeasibleError, UsageError, unknown_name
 from toolkit.hardware.affinity import usable_cores
 from toolkit.models import weights as model_files
-from toolkit.serve import policy
+from toolkit.serve import policy, tensor_plan
 from toolkit.serve.clock import WallClock
 from toolkit.serve.engine import Engine
+from toolkit.serve.executor import cuda
 from toolkit.serve.executor.cpu import CpuExecutor, available_memory_bytes
+from toolkit.serve.executor.device import DeviceExecutor, Place, Room
+from toolkit.serve.executor.tensor_parallel import Orders, TensorParallelExecutor
 from toolkit.serve.kv.blocks import BlockPool
 from toolkit.serve.model import weights
+from toolkit.serve.model.config import DecoderConfig
+from toolkit.serve.model.device import DeviceDecoder
 from toolkit.serve.model.loaded import LoadedModel
+from toolkit.serve.model.part import Part
 from toolkit.serve.model.quantisation import check_mode, chosen, kv_dtype, make_decoder
 from toolkit.serve.model.tokenizer import Tokenizer
 from toolkit.serve.scheduler import Scheduler, SchedulerConfig
+from toolkit.serve.tensor_plan import TensorPlan
 from toolkit.units import format_bytes
 
 # Of the memory that is free when nothing is said: the rest of the system needs the others.
 _KV_SHARE = 0.25
+DEVICES = ("cpu", "cuda")
+# What weights and arithmetic may be in on a device that is not the CPU; "auto" is its own half.
+DTYPES = {
+    "auto": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How an engine is laid out. None leaves it to the machine and the model."""
+    """How an engine is laid out. None leaves it to the machine and the model.
+
+    `device` is one of DEVICES; `dtype`, one of DTYPES, is for "cuda", `quantize` for "cpu". `plan`
+    is a plan.json whose tensor-parallel degree says how many ranks share the model; then `kv_bytes`
+    is what each of them takes.
+    """
 
     max_batch: int = 32
     step_tokens: int = 256
@@ -40,6 +60,9 @@ class EngineSettings:
     threads: int | None = None
     pin: bool = False
     quantize: str = "none"
+    device: str = "cpu"
+    dtype: str = "auto"
+    plan: Path | None = None
     policy: str = "fcfs"
     prefix_cache: bool = True
     max_queue: int | None = None
@@ -52,7 +75,7 @@ class Assembly:
     """An engine and the tokenizer of its model."""
 
     engine: Engine
-    executor: CpuExecutor
+    executor: CpuExecutor | DeviceExecutor
     tokenizer: Tokenizer
 
     @property
@@ -82,13 +105,34 @@ class Assembly:
 
 def assemble(ref: str | Path, settings: EngineSettings) -> Assembly:
     """Return the engine of a built-in name, a GGUF file, a Hugging Face folder or a hub id."""
+    # Before anything is fetched for what cannot run.
+    _plan_and_place(settings)
     # Loading uses torch's pool too.
     torch.set_num_threads(_threads(settings))
     path = model_files.resolve(str(ref)).path
     tokenizer = Tokenizer.load(path)
-    keep_blocks = check_mode(settings.quantize) != "none"
-    engine, executor = build(weights.load(path, keep_blocks=keep_blocks), settings)
-    return Assembly(engine, executor, tokenizer)
+    return Assembly(*load(path, settings), tokenizer)
+
+
+def load(path: Path, settings: EngineSettings) -> tuple[Engine, CpuExecutor | DeviceExecutor]:
+    """Return an engine of the model in a file or folder, and its executor; see `build`.
+
+    With a plan the other ranks are started. Raises what tensor_plan.read and Part.config do too.
+    """
+    plan, place = _plan_and_place(settings)
+    if plan is None:
+        keep_blocks = settings.quantize != "none"
+        return build(weights.load(path, keep_blocks=keep_blocks), settings, place)
+    part = Part(0, plan.degree)
+    model = weights.load(path, part=part)
+    plan.check(model.config.num_layers)
+    return build(model, settings, place, Share(path, part))
+
+
+def _plan_and_place(settings: EngineSettings) -> tuple[TensorPlan | None, Place | None]:
+    check_mode(settings.quantize)
+    plan = None if settings.plan is None else tensor_plan.read(settings.plan)
+    return plan, place_of(settings, 1 if plan is None else plan.degree)
 
 
 def _threads(settings: EngineSettings) -> int:
@@ -97,23 +141,129 @@ def _threads(settings: EngineSettings) -> int:
     return settings.threads or min(usable_cores(), int(told) if told.isdigit() else usable_cores())
 
 
-def build(model: LoadedModel, settings: EngineSettings) -> tuple[Engine, CpuExecutor]:
+@dataclass(frozen=True)
+class Share:
+    """The first rank's part of the model in `source`, where the others find theirs."""
+
+    source: Path
+    part: Part
+
+
+def place_of(settings: EngineSettings, num_ranks: int = 1) -> Place | None:
+    """Return the device of the first of `num_ranks`, or None for the CPU and its own kernels.
+
+    Raises UsageError for one that is not there or is not served in what is asked for.
+    """
+    if settings.device not in DEVICES:
+        raise unknown_name("device", settings.device, DEVICES)
+    if settings.dtype not in DTYPES:
+        raise unknown_name("dtype", settings.dtype, DTYPES)
+    if settings.device == "cpu" and settings.dtype not in ("auto", "float32"):
+        raise UsageError(
+            f"the CPU computes in float32, not {settings.dtype}",
+            remedy="use --quantize int8 or int4 for smaller weights",
+        )
+    if settings.quantize != "none" and (settings.device == "cuda" or num_ranks > 1):
+        raise UsageError(
+            f"--quantize {settings.quantize} is for the CPU's own kernels, which one process runs",
+            remedy="leave it out, or serve on the CPU without a plan",
+        )
+    if settings.device == "cuda":
+        return cuda.place(DTYPES[settings.dtype], num_devices=num_ranks)
+    if num_ranks == 1:
+        return None
+    # The kernels compute a whole step in one call: ranks that meet within one compute in torch.
+    return Place(
+        torch.device("cpu"),
+        torch.float32,
+        lambda: int(available_memory_bytes() * _KV_SHARE) // num_ranks,
+    )
+
+
+def build(
+    model: LoadedModel,
+    settings: EngineSettings,
+    place: Place | None = None,
+    share: Share | None = None,
+) -> tuple[Engine, CpuExecutor | DeviceExecutor]:
     """Return an engine and its executor for a loaded model, whose `weights` are emptied.
 
-    Raises InfeasibleError when not even one block fits, UsageError for contradictory settings.
+    `place` is a device as from `place_of`, None the CPU and its own kernels. `share` says that the
+    model is a part, and where the other ranks find theirs. Raises InfeasibleError when not even one
+    block fits, UsageError for contradictory settings.
     """
     config = model.config
-    mode = chosen(settings.quantize, model.weights.values(), _threads(settings))
-    block_bytes = settings.block_size * config.kv_bytes_per_token(kv_dtype(mode).itemsize)
     context = min(settings.max_context or config.max_context, config.max_context)
     if settings.max_context and settings.max_context > config.max_context:
         raise UsageError(
             f"a context of {settings.max_context} tokens was asked for and the model was made for "
             f"{config.max_context}"
         )
+    executor: CpuExecutor | DeviceExecutor
+    if place is None:
+        mode = chosen(settings.quantize, model.weights.values(), _threads(settings))
+        kv_bytes = settings.kv_bytes or int(available_memory_bytes() * _KV_SHARE)
+        value_bytes = kv_dtype(mode).itemsize
+        num_blocks = _num_blocks(config, settings, context, kv_bytes, value_bytes)
+        scheduler = _scheduler(model, settings, context, num_blocks)
+        executor = CpuExecutor(
+            make_decoder(model, mode),
+            num_blocks=num_blocks,
+            block_size=settings.block_size,
+            threads=_threads(settings),
+            pin=settings.pin,
+        )
+    else:
+        decoder = DeviceDecoder(config, model.weights, device=place.device, dtype=place.dtype)
+        kv_bytes = settings.kv_bytes or place.kv_bytes()
+        num_blocks = _num_blocks(config, settings, context, kv_bytes, place.dtype.itemsize)
+        scheduler = _scheduler(model, settings, context, num_blocks)
+        longest = scheduler.config.max_context
+        room = Room(num_blocks, settings.block_size, settings.max_batch, longest)
+        executor = _on_device(decoder, room, place, share, _threads(settings))
+    return Engine(scheduler, executor, WallClock(), seed=settings.seed), executor
+
+
+def _scheduler(
+    model: LoadedModel, settings: EngineSettings, context: int, num_blocks: int
+) -> Scheduler:
+    return Scheduler(
+        SchedulerConfig(
+            max_batch=settings.max_batch,
+            step_tokens=settings.step_tokens,
+            max_context=min(context, num_blocks * settings.block_size),
+            prefix_cache=settings.prefix_cache,
+            max_queue=settings.max_queue,
+            max_queue_tokens=settings.max_queue_tokens,
+            eos_ids=model.eos_ids,
+        ),
+        BlockPool(num_blocks, settings.block_size),
+        prefill_policy=policy.make(settings.policy),
+        # Who loses its blocks first is decided by the decode policy's order.
+        decode_policy=policy.make("priority" if settings.policy == "priority" else "fcfs"),
+    )
+
+
+def _on_device(
+    decoder: DeviceDecoder, room: Room, place: Place, share: Share | None, threads: int
+) -> DeviceExecutor:
+    if share is None:
+        return DeviceExecutor(decoder, room, recorder=place.recorder, threads=threads)
+    # Ranks on GPUs compute there; those on the CPU share its cores.
+    if place.device.type == "cpu":
+        threads = max(1, threads // share.part.degree)
+    kind = place.device.type
+    orders = Orders(share.source, share.part, kind, place.dtype, room, threads)
+    return TensorParallelExecutor(decoder, orders, recorder=place.recorder)
+
+
+def _num_blocks(
+    config: DecoderConfig, settings: EngineSettings, context: int, kv_bytes: int, value_bytes: int
+) -> int:
+    """Return how many KV blocks to make. Raises InfeasibleError where too few fit."""
+    block_bytes = settings.block_size * config.kv_bytes_per_token(value_bytes)
     # More than a full batch of longest contexts is never needed.
     most = settings.max_batch * -(-context // settings.block_size)
-    kv_bytes = settings.kv_bytes or int(available_memory_bytes() * _KV_SHARE)
     num_blocks = min(most, kv_bytes // block_bytes)
     if num_blocks < 1:
         raise InfeasibleError(
@@ -128,26 +278,4 @@ def build(model: LoadedModel, settings: EngineSettings) -> tuple[Engine, CpuExec
             f"context of {context} asked for",
             remedy=f"give it {format_bytes(-(-context // settings.block_size) * block_bytes)}",
         )
-    scheduler = Scheduler(
-        SchedulerConfig(
-            max_batch=settings.max_batch,
-            step_tokens=settings.step_tokens,
-            max_context=min(context, capacity),
-            prefix_cache=settings.prefix_cache,
-            max_queue=settings.max_queue,
-            max_queue_tokens=settings.max_queue_tokens,
-            eos_ids=model.eos_ids,
-        ),
-        BlockPool(num_blocks, settings.block_size),
-        prefill_policy=policy.make(settings.policy),
-        # Who loses its blocks first is decided by the decode policy's order.
-        decode_policy=policy.make("priority" if settings.policy == "priority" else "fcfs"),
-    )
-    executor = CpuExecutor(
-        make_decoder(model, mode),
-        num_blocks=num_blocks,
-        block_size=settings.block_size,
-        threads=_threads(settings),
-        pin=settings.pin,
-    )
-    return Engine(scheduler, executor, WallClock(), seed=settings.seed), executor
+    return num_blocks

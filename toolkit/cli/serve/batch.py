@@ -14,9 +14,12 @@ import typer
 
 from toolkit.cli import view
 from toolkit.cli.serve.options import (
+    Device,
+    Dtype,
     KvMemory,
     MaxBatch,
     MaxContext,
+    Plan,
     Policy,
     Quantize,
     StepTokens,
@@ -51,6 +54,9 @@ def batch(
     max_context: MaxContext = None,
     threads: Threads = None,
     quantize: Quantize = "none",
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    plan: Plan = None,
     policy: Policy = "fcfs",
     as_json: view.Json = False,
 ) -> None:
@@ -74,6 +80,9 @@ def batch(
         step_tokens=step_tokens,
         max_context=max_context,
         quantize=quantize,
+        device=device,
+        dtype=dtype,
+        plan=plan,
         policy=policy,
     )
     left = len(listed) - len(jobs.answered(output).keys() & {job.custom_id for job in listed})

@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from toolkit.cli import view
-from toolkit.cli.serve.options import KvMemory, Model, Quantize, Threads, settings
+from toolkit.cli.serve.options import (
+    Device,
+    Dtype,
+    KvMemory,
+    Model,
+    Plan,
+    Quantize,
+    Threads,
+    settings,
+)
 
 
 def generate(
@@ -23,13 +32,24 @@ def generate(
     kv_memory: KvMemory = None,
     threads: Threads = None,
     quantize: Quantize = "none",
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    plan: Plan = None,
     as_json: view.Json = False,
 ) -> None:
     """Generate once in this process, without a server.
 
     Example: toolkit serve generate smollm2-135m "What is gravity?" --chat
     """
-    chosen = settings(threads=threads, kv_memory=kv_memory, max_batch=1, quantize=quantize)
+    chosen = settings(
+        threads=threads,
+        kv_memory=kv_memory,
+        max_batch=1,
+        quantize=quantize,
+        device=device,
+        dtype=dtype,
+        plan=plan,
+    )
     from toolkit.serve.llm import LLM
     from toolkit.serve.request import SamplingParams
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,6 +32,14 @@ Quantize = Annotated[
         help="Weights as none (float32), int8, int4, or auto: the fastest measured here that keeps "
         "the file's own precision or 8 bits."
     ),
+]
+Device = Annotated[str, typer.Option(help="Where it runs: cpu or cuda.")]
+Dtype = Annotated[
+    str, typer.Option(help="Weights and arithmetic on cuda: auto, bfloat16, float16 or float32.")
+]
+Plan = Annotated[
+    Path | None,
+    typer.Option(help="A tensor-parallel plan.json: its degree of ranks share the model."),
 ]
 Policy = Annotated[str, typer.Option(help="Which prompt goes first: fcfs, spf or priority.")]
 PrefixCache = Annotated[bool, typer.Option(help="Share the KV of equal beginnings of prompts.")]

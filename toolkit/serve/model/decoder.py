@@ -9,9 +9,10 @@ sequence, C context tokens read.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -21,6 +22,10 @@ from toolkit.serve.model.grouped import Weight, dense, joined
 from toolkit.serve.model.inputs import StepInput
 from toolkit.serve.model.linear import Product, product
 from toolkit.serve.model.loaded import NormWeights, take_layer, take_norm
+
+# A layer's number and its queries, keys and values `[N, H + 2K, D]` to `[N, H * D]`; what it is
+# made of stores keys and values first.
+Attend = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -98,20 +103,42 @@ class Decoder:
         The normed last hidden states of `pooled_rows` are written to `hidden`
         `[len(pooled_rows), E]`, if given.
         """
-        positions_N = torch.from_numpy(step.positions)
-        x_NE = F.embedding(torch.from_numpy(step.tokens), self.embedding)
+        attend = self._attention(step, cache)
+        x_NE = self._walk(self._placed(step.tokens), self._placed(step.positions), attend)
+        if hidden is not None:
+            hidden.copy_(self._normed(x_NE[self._placed(step.pooled_rows)], self.norm))
+        return self._logits(x_NE[self._placed(step.sample_rows)])
+
+    def _walk(
+        self, tokens_N: torch.Tensor, positions_N: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
+        """Return the last hidden states `[N, E]`, before the last norm."""
+        x_NE = F.embedding(tokens_N, self.embedding)
         if self.positions is not None:
             x_NE += self.positions[positions_N]
         for index, layer in enumerate(self.layers):
             normed_NE = self._normed(x_NE, layer.attention_norm)
-            qkv_NHD = self._project(layer, normed_NE, positions_N)
-            mixed_NE = self._attend(index, qkv_NHD, step, cache)
-            x_NE = x_NE + layer.output(mixed_NE)
+            mixed_NE = attend(index, self._project(layer, normed_NE, positions_N))
+            x_NE = x_NE + self._whole(layer.output(mixed_NE))
             fed_NF = layer.gate_up(self._normed(x_NE, layer.ffn_norm))
-            x_NE = x_NE + layer.down(self._activated(fed_NF))
-        if hidden is not None:
-            hidden.copy_(self._normed(x_NE[torch.from_numpy(step.pooled_rows)], self.norm))
-        return self.head(self._normed(x_NE[torch.from_numpy(step.sample_rows)], self.norm))
+            x_NE = x_NE + self._whole(layer.down(self._activated(fed_NF)))
+        return x_NE
+
+    def _logits(self, x_NE: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits `[N, V]` of last hidden states."""
+        return self.head(self._normed(x_NE, self.norm))
+
+    def _whole(self, part_NE: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a product over all who hold a part of its inputs: here nobody else."""
+        return part_NE
+
+    def _placed(self, numbers: np.ndarray) -> torch.Tensor:
+        """Return a step's numbers where the decoder computes."""
+        return torch.from_numpy(numbers)
+
+    def _attention(self, step: StepInput, cache: PagedKV) -> Attend:
+        """Return the attention of one step."""
+        return lambda layer, qkv_NHD: self._attend(layer, qkv_NHD, step, cache)
 
     def _normed(self, x_NE: torch.Tensor, norm: NormWeights) -> torch.Tensor:
         size, eps = (self.config.hidden_size,), self.config.norm_eps

@@ -11,8 +11,9 @@ import torch
 from toolkit.errors import FormatError, UsageError, require, unknown_name
 from toolkit.serve.model import gpt2
 from toolkit.serve.model.config import DecoderConfig
-from toolkit.serve.model.grouped import Grouped, Weight, from_gguf
+from toolkit.serve.model.grouped import Grouped, Weight, dense, from_gguf
 from toolkit.serve.model.loaded import LoadedModel, check, rows_of, split
+from toolkit.serve.model.part import Part
 
 _ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3")
 _LAYER_NAMES = {
@@ -37,8 +38,8 @@ _TOP_NAMES = {
 }
 
 
-def load(path: Path, *, keep_blocks: bool = False) -> LoadedModel:
-    """Read the model in the GGUF file at `path`; see weights.load."""
+def load(path: Path, part: Part | None = None, *, keep_blocks: bool = False) -> LoadedModel:
+    """Read the model in the GGUF file at `path`, or a rank's part; see weights.load."""
     gguf = require("gguf", extra="serve")
     try:
         reader = gguf.GGUFReader(path)
@@ -57,12 +58,16 @@ def load(path: Path, *, keep_blocks: bool = False) -> LoadedModel:
             for new, rows in into.items()
         }
         check(config, shapes, path)
+        computed = config if part is None else part.config(config)
         weights: dict[str, Weight] = {}
         for old, into in parts.items():
             stored = _weight(gguf, tensors[old], keep_blocks)
             for new, rows in into.items():
-                weights[new] = _arranged(new, rows_of(stored, rows), config)
-        return LoadedModel(config, weights, _eos_ids(fields))
+                whole = _arranged(new, rows_of(stored, rows), config)
+                weights[new] = whole if part is None else part.of(new, dense(whole))
+        if part is not None:
+            weights |= part.head(config, weights)
+        return LoadedModel(computed, weights, _eos_ids(fields))
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
         # The reader has no error of its own: a torn file shows as whatever numpy makes of it.
         raise FormatError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from toolkit.errors import FormatError, UsageError, require, unknown_name
 from toolkit.serve.model import gpt2
 from toolkit.serve.model.config import DecoderConfig, RopeScaling
 from toolkit.serve.model.loaded import LoadedModel, check
+from toolkit.serve.model.part import Part
 
 _ARCHITECTURES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 _INDEX = "model.safetensors.index.json"
@@ -19,17 +21,22 @@ _INDEX = "model.safetensors.index.json"
 _DERIVED = ("rotary_emb.inv_freq",)
 
 
-def load(folder: Path) -> LoadedModel:
-    """Read the model in `folder`; see weights.load for what is raised."""
+def load(folder: Path, part: Part | None = None) -> LoadedModel:
+    """Read the model in `folder`, or a rank's part; see weights.load for what is raised."""
     settings = _json(folder / "config.json")
     config = _config(settings, folder)
-    weights = _weights(folder)
+    computed = config if part is None else part.config(config)
+    weights, shapes = _weights(folder, part)
     if config.architecture == "gpt2":
         weights = gpt2.weights(weights)
+        shapes = {name: weight.shape for name, weight in weights.items()}
     if config.tied_head:
-        weights.pop("lm_head.weight", None)
-    check(config, {name: tensor.shape for name, tensor in weights.items()}, folder)
-    return LoadedModel(config, dict(weights), _eos_ids(settings, folder))
+        for found in (weights, shapes):
+            found.pop("lm_head.weight", None)
+    check(config, shapes, folder)
+    if part is not None:
+        weights |= part.head(config, weights)
+    return LoadedModel(computed, dict(weights), _eos_ids(settings, folder))
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -125,7 +132,10 @@ def _rope(
     )
 
 
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
+def _weights(
+    folder: Path, part: Part | None
+) -> tuple[dict[str, torch.Tensor], dict[str, Sequence[int]]]:
+    """Return the weights, or a rank's part of each as it is read, and their whole shapes."""
     safetensors = require("safetensors", extra="serve")
     index = folder / _INDEX
     if index.exists():
@@ -133,6 +143,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     else:
         files = ["model.safetensors"]
     weights: dict[str, torch.Tensor] = {}
+    shapes: dict[str, Sequence[int]] = {}
     for file in files:
         path = folder / file
         if not path.is_file():
@@ -142,16 +153,18 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
         try:
             with safetensors.safe_open(path, framework="pt") as tensors:
                 names = tensors.keys()
-                for name in names:
-                    if not name.endswith(_DERIVED):
-                        tensor = tensors.get_tensor(name).to(torch.float32)
-                        weights[name.removeprefix("model.")] = tensor
+                for stored in names:
+                    if not stored.endswith(_DERIVED):
+                        name, tensor = stored.removeprefix("model."), tensors.get_tensor(stored)
+                        shapes[name] = tensor.shape
+                        kept = tensor if part is None else part.of(name, tensor)
+                        weights[name] = kept.to(torch.float32)
         except (safetensors.SafetensorError, ValueError, OSError) as error:
             raise FormatError(
                 f"{path} is not a readable safetensors file: {error}",
                 remedy="download or copy it again",
             ) from error
-    return weights
+    return weights, shapes
 
 
 def _eos_ids(settings: dict[str, Any], folder: Path) -> frozenset[int]:

@@ -37,16 +37,17 @@ def product(weight: Weight, bias: torch.Tensor | None = None) -> Product:
 
 
 class Linear:
-    """The product with a float32 weight.
+    """The product with a dense weight, where it lies.
 
-    oneDNN's own layout saves the transposition that a plain product repeats at every call. torch
-    offers it to its compiler only, under names without a promise, so they are looked for, and
-    without them this is `F.linear`.
+    On a CPU oneDNN's own layout saves float32 the transposition that a plain product repeats at
+    every call. torch offers it to its compiler only, under names without a promise, so they are
+    looked for, and without them this is `F.linear`.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self._bias = bias
-        self._packed = torch.backends.mkldnn.is_available() and _has_packed_products()
+        held = weight.device.type == "cpu" and weight.dtype is torch.float32
+        self._packed = held and torch.backends.mkldnn.is_available() and _has_packed_products()
         if self._packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
         self._weight = weight

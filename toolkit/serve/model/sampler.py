@@ -73,6 +73,20 @@ def sample(
     return tokens
 
 
+def is_greedy(batch: Batch) -> bool:
+    """Whether every token drawn is the likeliest by the logits as they are, and none is scored.
+
+    Then `draw` reads nothing of the logits but where each row's largest lies.
+    """
+    return not any(
+        _is_changed(request)
+        or not request.sampling.greedy
+        or request.sampling.logprobs is not None
+        or request.sampling.prompt_logprobs is not None
+        for request in (piece.request for piece in batch.slices)
+    )
+
+
 def _changed(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     """Return the logits after everything that comes before temperature; the given ones stay."""
     rows = [row for row, request in enumerate(requests) if _is_changed(request)]

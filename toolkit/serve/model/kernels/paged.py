@@ -25,7 +25,7 @@ _FEWEST = 16
 
 
 @triton.jit
-def attend_spans(
+def attend_spans(  # type: ignore[no-untyped-def]
     queries,
     keys,
     values,
@@ -95,7 +95,7 @@ def attend_spans(
 
 
 @triton.jit
-def join_spans(
+def join_spans(  # type: ignore[no-untyped-def]
     parts,
     weights,
     lengths,
