@@ -69,3 +69,17 @@ def test_the_kernel_compiles_for_a_gpu_with_tensor_cores_and_wide_loads() -> Non
     assert "ld.global.b16" not in attend, "keys or values are read two bytes at a time"
     joined = {"parts": "*fp32", "weights": "*fp32", "lengths": "*i32", "mixed": "*bf16"}
     assert "st.global" in ptx(kernel.join_spans, joined)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_the_kernel_on_a_gpu_equals_its_reference(dtype: torch.dtype, most: float) -> None:
+    draw = torch.Generator().manual_seed(6)
+    keys, values = (torch.randn(90, 2, 16, 128, generator=draw).to("cuda", dtype) for _ in range(2))
+    tables = torch.randint(0, 90, (5, 40), generator=draw, dtype=torch.int32).cuda()
+    lengths = torch.tensor([0, 1, 300, 64, 640], dtype=torch.int32).cuda()
+    q_BHD = torch.randn(5, 8, 128, generator=draw).to("cuda", dtype)
+    given = (q_BHD, keys, values, tables, lengths)
+    gap = (paged.attend(*given).float() - paged.reference(*given).float()).abs().max()
+    assert float(gap) < most

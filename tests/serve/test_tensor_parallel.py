@@ -24,7 +24,7 @@ from toolkit.serve import tensor_plan
 from toolkit.serve.assemble import EngineSettings, load
 from toolkit.serve.engine import Engine
 from toolkit.serve.executor.tensor_parallel import TensorParallelExecutor
-from toolkit.serve.model import weights
+from toolkit.serve.model import gpt2, weights
 from toolkit.serve.model.part import Part
 from toolkit.serve.request import Request, SamplingParams
 
@@ -147,6 +147,10 @@ def test_parts_make_the_whole(folder: Path) -> None:
     assert parts[1].config.num_kv_heads == 1
     with pytest.raises(InfeasibleError, match="degree 3 does not divide num_kv_heads 2"):
         weights.load(folder, part=Part(0, 3))
+    sizes = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "ffn_size": 64, "vocab_size": 99}
+    other = gpt2.describe(**sizes, max_context=64, norm_eps=1e-5, tied_head=True)
+    with pytest.raises(InfeasibleError, match="architecture gpt2 is not divided"):
+        Part(0, 2).config(other)
 
 
 @pytest.mark.parametrize(
