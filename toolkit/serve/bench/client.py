@@ -19,9 +19,16 @@ from toolkit.serve.bench.load import Arrival
 _PROBE = "The sea is everything. It covers seven tenths of the terrestrial globe. " * 8
 
 
+# What is asked to be completed: text, or token ids (completions only).
+Prompt = str | Sequence[int]
+
+
 @dataclass(frozen=True)
 class Target:
-    """Where and how: an OpenAI base URL (ending in /v1), a model, completions or chat."""
+    """Where and how: an OpenAI base URL (ending in /v1), a model, completions or chat.
+
+    `extra` are further fields of every body, for what only this server understands.
+    """
 
     url: str
     model: str
@@ -29,14 +36,16 @@ class Target:
     api_key: str | None = None
     ignore_eos: bool = True
     timeout_s: float = 600.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
-    def body(self, prompt: str, max_tokens: int) -> dict[str, Any]:
+    def body(self, prompt: Prompt, max_tokens: int) -> dict[str, Any]:
         """Return the request's body; `ignore_eos` is beyond OpenAI and forces the length."""
         asked: dict[str, Any] = {"prompt": prompt}
         if self.chat:
             asked = {"messages": [{"role": "user", "content": prompt}]}
         forced = {"ignore_eos": True} if self.ignore_eos else {}
-        return {"model": self.model, "max_tokens": max_tokens, "temperature": 0, **asked, **forced}
+        own = {"model": self.model, "max_tokens": max_tokens, "temperature": 0}
+        return {**own, **asked, **forced, **self.extra}
 
     @property
     def path(self) -> str:
@@ -115,7 +124,7 @@ async def probe(target: Target) -> float:
 async def run(
     target: Target,
     arrivals: Sequence[Arrival],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     on_done: Callable[[], None] = lambda: None,
 ) -> list[Sample]:
@@ -123,7 +132,7 @@ async def run(
     async with target.client() as client:
         start_s = time.perf_counter()
 
-        async def one(arrival: Arrival, prompt: str) -> Sample:
+        async def one(arrival: Arrival, prompt: Prompt) -> Sample:
             await asyncio.sleep(start_s + arrival.at_s - time.perf_counter())
             sent_s = time.perf_counter()
             body = target.body(prompt, arrival.output_tokens)
