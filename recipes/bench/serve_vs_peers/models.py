@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -57,6 +58,10 @@ def hugging_face(source: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
+    # Readers older than the writer look for this one at the top.
+    written = folder / "config.json"
+    theta = config.rope_parameters["rope_theta"]
+    written.write_text(json.dumps(json.loads(written.read_text()) | {"rope_theta": theta}))
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
 
 
