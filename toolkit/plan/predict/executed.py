@@ -190,7 +190,7 @@ class _Seconds:
     """What the operators of a rank's part take."""
 
     def __init__(self, local: Local, costs: Costs, position: int) -> None:
-        self.graph = local.graph
+        self.local = local
         self.costs = costs
         self.position = position
         self._known: dict[tuple[str, str], float] = {}
@@ -198,8 +198,18 @@ class _Seconds:
     def of(self, name: str, kind: str) -> float:
         if (name, kind) not in self._known:
             seconds = self.costs.forward_s if kind == "F" else self.costs.backward_s
-            self._known[name, kind] = seconds(self.graph.op(name), self.graph, self.position)
+            graph = self._as_read(name)
+            self._known[name, kind] = seconds(graph.op(name), graph, self.position)
         return self._known[name, kind]
+
+    def _as_read(self, name: str) -> OpGraph:
+        """The rank's graph with the inputs of an operator in the shapes they are read in."""
+        graph, read = self.local.graph, self.local.gathered.get(name)
+        if read is None:
+            return graph
+        tensors = {**graph.tensors}
+        tensors.update((one, replace(tensors[one], shape=shape)) for one, shape in read.items())
+        return replace(graph, tensors=tensors)
 
 
 def _joined(steps: Sequence[Step]) -> Steps:

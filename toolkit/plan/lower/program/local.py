@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from toolkit.errors import ToolkitError
 from toolkit.hardware.cluster import Cluster
-from toolkit.ir.graph import OpGraph, item_bytes
+from toolkit.ir.graph import Op, OpGraph, item_bytes
 from toolkit.plan.lower.program import reduce
 from toolkit.plan.lower.program.items import Item, Move, Script, Segment
 from toolkit.plan.lower.program.sides import Task
@@ -49,14 +49,16 @@ class Pass:
 @dataclass(frozen=True)
 class Local:
     """A stage on one rank. `graph` are the stage's operators with the shapes of the rank's part;
-    `co_shards` says of operators how many parts of that shape run one after another. `forward` and
-    `backward` are what the actions do, operators named in backward being those whose gradient is
-    computed.
+    `gathered` has, of operators that read a tensor in another shape than it is made in, the inputs
+    and those shapes. `co_shards` says of operators how many parts of that shape run one after
+    another. `forward` and `backward` are what the actions do, operators named in backward being
+    those whose gradient is computed.
     """
 
     stage: int
     rank: int
     graph: OpGraph
+    gathered: Mapping[str, Mapping[str, tuple[int, ...]]]
     co_shards: Mapping[str, int]
     forward: Pass
     backward: Pass
@@ -72,8 +74,15 @@ def local(walk: Walk, stage: int, rank: int) -> Local:
     script = walk.script(stage, rank)
     forward = list(_forward(walk, script, script.items, again=False))
     backward = list(_backward(walk, script, script.items)) if script.learns else []
+    graph = local_graph(walk, stage, rank)
+    gathered = {}
+    for op in graph.ops:
+        read = _read_shapes(walk, stage, op, rank)
+        other = {name: shape for name, shape in read if graph.tensors[name].shape != shape}
+        if other:
+            gathered[op.name] = other
     return Local(
-        stage, rank, local_graph(walk, stage, rank), walk.written.co_shards,
+        stage, rank, graph, gathered, walk.written.co_shards,
         Pass(tuple(step for step, _ in forward), tuple(again for _, again in forward)),
         Pass(tuple(step for step, _ in backward), tuple(again for _, again in backward)),
     )  # fmt: skip
@@ -195,6 +204,16 @@ def rank_traffic(walk: Walk, rank: int) -> dict[str, tuple[int, int]]:
     return {kind: (counts[kind], sizes[kind]) for kind in counts}
 
 
+def _read_shapes(
+    walk: Walk, stage: int, op: Op, rank: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the inputs of a rank's part of an operator, in the shapes it reads them in."""
+    part = walk.written.parts[stage][op.name][rank][0]
+    reads = part.reads(walk.written.annotations[op.name])
+    for place, pieces in itertools.groupby(reads, key=lambda read: read[0]):
+        yield op.inputs[place], halo.shape([mask for _, mask in pieces])
+
+
 def local_graph(walk: Walk, stage: int, rank: int) -> OpGraph:
     """Return a stage's operators with the shapes of one rank's part (of one co-shard, where there
     are several). A tensor read in another shape than it was made in has that of its maker.
@@ -204,9 +223,8 @@ def local_graph(walk: Walk, stage: int, rank: int) -> OpGraph:
     ops = written.ops[stage]
     for op in ops:
         part = written.parts[stage][op.name][rank][0]
-        reads = part.reads(written.annotations[op.name])
-        for place, pieces in itertools.groupby(reads, key=lambda read: read[0]):
-            shapes.setdefault(op.inputs[place], halo.shape([mask for _, mask in pieces]))
+        for name, shape in _read_shapes(walk, stage, op, rank):
+            shapes.setdefault(name, shape)
         for name, mask in zip(op.outputs, written.outputs(part), strict=True):
             shapes[name] = mask.shape
     tensors = {}

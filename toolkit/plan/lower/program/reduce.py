@@ -29,8 +29,9 @@ class Reduction:
 
 def copies(plan: Plan, rank: int) -> tuple[int, ...]:
     """Return the ranks that run the same as a rank of the first replica, itself included."""
+    apart, near = plan.stride("replica"), plan.stride("data")
     return tuple(
-        rank + replica * plan.stride("replica") + data * plan.stride("data")
+        rank + replica * apart + data * near
         for replica in range(plan.size("replica"))
         for data in range(plan.size("data"))
     )
