@@ -9,6 +9,8 @@ from pathlib import Path
 # over another number of threads is another sum.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# xdist hands its workers a terminal's width; commands are tested as without a terminal.
+os.environ.pop("COLUMNS", None)
 
 import pytest
 from hypothesis import HealthCheck, settings
