@@ -296,7 +296,9 @@ def test_resolve_files_and_folders(tmp_path):
 @pytest.mark.parametrize(
     ("ref", "kind", "said"),
     [
-        ("minilm-l7", UsageError, "unknown weights 'minilm-l7'; did you mean 'minilm-l6'"),
+        ("minilm-l7", UsageError, "unknown weights 'minilm-l7'"),
+        ("minilm-l7", UsageError, "did you mean 'minilm-l6'"),
+        ("llama3-8b", UsageError, "no file, folder or hub id (owner/name) either; known: minilm"),
         ("./none", UsageError, "no such file or folder"),
         ("none.gguf", UsageError, "no such file or folder"),
         ("{here}/empty", FormatError, "holds no weights"),

@@ -18,8 +18,7 @@ from typer.testing import CliRunner
 from toolkit.cli import serve as cli
 from toolkit.errors import InfeasibleError, ToolkitError, UsageError
 from toolkit.hardware.affinity import thread_environment
-from toolkit.serve import LLM, SamplingParams, Structured
-from toolkit.serve.assemble import EngineSettings
+from toolkit.serve import LLM, EngineSettings, SamplingParams, Structured
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -100,12 +99,30 @@ def test_a_seed_repeats_itself_among_other_requests(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": "sfp"}, "did you mean 'spf'"),
+        ({"quantize": "int5"}, "did you mean 'int8' or 'int4'"),
+        ({"block_size": 0}, "0 tokens in a KV block are none"),
+        ({"kv_bytes": 0}, "0 bytes of KV cache"),
+        ({"max_context": -1}, "-1 tokens of context"),
+        ({"max_batch": 0}, "a batch of 0 requests"),
+        ({"step_tokens": 32}, "32 tokens a step leave nothing for prefill"),
+        ({"max_queue": 0}, "a queue of 0 requests lets nobody in"),
+        ({"max_queue_tokens": -5}, "a queue of -5 tokens"),
+    ],
+)
+def test_settings_that_no_model_runs_with(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        EngineSettings(**options)
+
+
+@pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
         (EngineSettings(kv_bytes=1000), InfeasibleError, "holds no block"),
         (EngineSettings(kv_bytes=2**22, max_context=4096), InfeasibleError, "fewer than the"),
         (EngineSettings(max_context=9000), UsageError, "made for 8192"),
-        (EngineSettings(policy="sfp"), UsageError, "did you mean 'spf'"),
     ],
 )
 def test_settings_that_cannot_be_had(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,7 @@ def test_models(served: Any) -> None:
         ({"extra_body": {"guided_regex": "a", "guided_json": {}}}, "2 constraints are given"),
         ({"stream_options": {"include_usage": True}}, "stream_options needs stream"),
         ({"extra_body": {"temprature": 1}}, "did you mean 'temperature'"),
+        ({"extra_body": {"skip_special_tokens": False}}, "skip_special_tokens is not supported"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop takes up to 4"),
     ],
 )
@@ -129,8 +131,23 @@ def test_bad_requests_are_refused(served: Any, options: dict[str, Any], message:
     assert served.ask().choices
 
 
+def test_a_prompt_too_long_has_a_code_of_its_own(served: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        served.ask(prompt="word " * 5000)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_form_without_xgrammar_is_refused(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xgrammar", None)
+    with pytest.raises(openai.BadRequestError, match=r"pip install 'toolkit\[structured\]'"):
+        served.ask(extra_body={"guided_regex": "a+"})
+    assert served.ask().choices
+
+
 def test_what_asks_for_nothing_is_taken(served: Any) -> None:
     assert served.ask(presence_penalty=0, logit_bias={}, user="me", best_of=1, suffix=None)
+    vllms = {"skip_special_tokens": True, "length_penalty": 1.0, "use_beam_search": False}
+    assert served.ask(extra_body=vllms)
     with pytest.raises(openai.BadRequestError, match="reasoning_effort is not supported"):
         served.client.chat.completions.create(
             model=MODEL, messages=[{"role": "user", "content": "a"}], reasoning_effort="high"
@@ -194,6 +211,7 @@ def test_a_full_queue_is_refused_and_health_answers(start: Start) -> None:
         served.ask()
     assert int(caught.value.response.headers["retry-after"]) >= 1
     assert caught.value.type == "rate_limit_error"
+    assert served.metric("toolkit:http_responses_total", status="429") == 1
     # The engine is stuck in a step; health and metrics answer all the same.
     assert httpx.get(f"{served.url}/health", timeout=5).status_code == 200
     served.executor.gate.set()

@@ -127,7 +127,11 @@ def resolve(ref: str, progress: Progress | None = None) -> Weights:
         raise UsageError(f"no such file or folder: {path}")
     if ref.count("/") == 1:
         return _folder(hub.snapshot(ref, _FOLDER_FILES))
-    raise unknown_name("weights", ref, BUILTINS)
+    unknown = unknown_name("weights", ref, BUILTINS)
+    raise UsageError(
+        f"{unknown.message}, which is no file, folder or hub id (owner/name) either",
+        remedy=unknown.remedy,
+    )
 
 
 def _builtin(name: str) -> Builtin:

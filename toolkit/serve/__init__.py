@@ -8,15 +8,20 @@ from toolkit.serve.request import SamplingParams
 from toolkit.serve.structured import Structured
 
 if TYPE_CHECKING:
+    from toolkit.serve.assemble import EngineSettings
     from toolkit.serve.llm import LLM
 
-__all__ = ["LLM", "SamplingParams", "Structured"]
+__all__ = ["LLM", "EngineSettings", "SamplingParams", "Structured"]
 
 
 def __getattr__(name: str) -> Any:
-    # LLM brings torch; the scheduler, its policies and the simulator must not pay for it.
+    # Both bring torch; the scheduler, its policies and the simulator must not pay for it.
     if name == "LLM":
         from toolkit.serve.llm import LLM
 
         return LLM
+    if name == "EngineSettings":
+        from toolkit.serve.assemble import EngineSettings
+
+        return EngineSettings
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

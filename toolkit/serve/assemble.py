@@ -47,6 +47,7 @@ DTYPES = {
 class EngineSettings:
     """How an engine is laid out. None leaves it to the machine and the model.
 
+    Raises UsageError for what no model could run with, before one is loaded.
     `device` is one of DEVICES; `dtype`, one of DTYPES, is for "cuda", `quantize` for "cpu". `plan`
     is a plan.json whose tensor-parallel degree says how many ranks share the model; then `kv_bytes`
     is what each of them takes.
@@ -68,6 +69,30 @@ class EngineSettings:
     max_queue: int | None = None
     max_queue_tokens: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_mode(self.quantize)
+        policy.make(self.policy)
+        for what, value in (
+            ("tokens in a KV block", self.block_size),
+            ("tokens of context", self.max_context),
+            ("bytes of KV cache", self.kv_bytes),
+            ("threads", self.threads),
+        ):
+            if value is not None and value < 1:
+                raise UsageError(f"{value} {what} are none", remedy="use 1 or more")
+        self.limits()
+
+    def limits(self, **known: Any) -> SchedulerConfig:
+        """Return the scheduler's limits; `known` are those that depend on the model."""
+        return SchedulerConfig(
+            max_batch=self.max_batch,
+            step_tokens=self.step_tokens,
+            prefix_cache=self.prefix_cache,
+            max_queue=self.max_queue,
+            max_queue_tokens=self.max_queue_tokens,
+            **known,
+        )
 
 
 @dataclass(frozen=True)
@@ -130,7 +155,6 @@ def load(path: Path, settings: EngineSettings) -> tuple[Engine, CpuExecutor | De
 
 
 def _plan_and_place(settings: EngineSettings) -> tuple[TensorPlan | None, Place | None]:
-    check_mode(settings.quantize)
     plan = None if settings.plan is None else tensor_plan.read(settings.plan)
     return plan, place_of(settings, 1 if plan is None else plan.degree)
 
@@ -197,7 +221,8 @@ def build(
     if settings.max_context and settings.max_context > config.max_context:
         raise UsageError(
             f"a context of {settings.max_context} tokens was asked for and the model was made for "
-            f"{config.max_context}"
+            f"{config.max_context}",
+            remedy=f"use at most {config.max_context}",
         )
     executor: CpuExecutor | DeviceExecutor
     if place is None:
@@ -228,14 +253,8 @@ def _scheduler(
     model: LoadedModel, settings: EngineSettings, context: int, num_blocks: int
 ) -> Scheduler:
     return Scheduler(
-        SchedulerConfig(
-            max_batch=settings.max_batch,
-            step_tokens=settings.step_tokens,
-            max_context=min(context, num_blocks * settings.block_size),
-            prefix_cache=settings.prefix_cache,
-            max_queue=settings.max_queue,
-            max_queue_tokens=settings.max_queue_tokens,
-            eos_ids=model.eos_ids,
+        settings.limits(
+            max_context=min(context, num_blocks * settings.block_size), eos_ids=model.eos_ids
         ),
         BlockPool(num_blocks, settings.block_size),
         prefill_policy=policy.make(settings.policy),

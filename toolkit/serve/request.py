@@ -13,6 +13,12 @@ from toolkit.serve.structured import Grammar, Structured
 _MAX_LOGPROBS = 20
 
 
+class TooLongError(UsageError):
+    """A prompt that the context can never hold."""
+
+    kind = "context-length"
+
+
 class Phase(enum.Enum):
     """Which half of a call a token belongs to; the two load a device in opposite ways."""
 

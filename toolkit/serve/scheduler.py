@@ -16,7 +16,7 @@ from toolkit.serve.kv.blocks import BlockPool
 from toolkit.serve.kv.tables import BlockTables
 from toolkit.serve.policy.base import Policy
 from toolkit.serve.queue import WaitingQueue
-from toolkit.serve.request import FinishReason, Phase, Request, Status
+from toolkit.serve.request import FinishReason, Phase, Request, Status, TooLongError
 
 BOTH = (Phase.DECODE, Phase.PREFILL)
 
@@ -51,6 +51,9 @@ class SchedulerConfig:
                 f"{self.max_batch} decoding requests",
                 remedy="raise the tokens a step, or lower the batch",
             )
+        for what, cap in (("requests", self.max_queue), ("tokens", self.max_queue_tokens)):
+            if cap is not None and cap < 1:
+                raise UsageError(f"a queue of {cap} {what} lets nobody in", remedy="use 1 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +130,7 @@ class Scheduler:
         if length == 0:
             raise UsageError("the prompt is empty", remedy="give it at least one token")
         if length >= self.config.max_context:
-            raise UsageError(
+            raise TooLongError(
                 f"the prompt has {length} tokens and the context is {self.config.max_context}, "
                 "which leaves no room to generate",
                 remedy="shorten the prompt, or raise the maximum context",

@@ -45,7 +45,12 @@ def create(service: Service, door: Doorkeeping | None = None) -> FastAPI:
         summary="An OpenAI-compatible API in front of one model.",
         lifespan=lifespan,
     )
-    app.add_middleware(Gate, api_keys=door.api_keys, max_body_bytes=door.max_body_bytes)
+    app.add_middleware(
+        Gate,
+        api_keys=door.api_keys,
+        max_body_bytes=door.max_body_bytes,
+        on_status=service.metrics.answered,
+    )
     app.include_router(generation.router(service))
     app.include_router(inspection.router(service))
 

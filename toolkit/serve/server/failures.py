@@ -7,8 +7,9 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
-from toolkit.errors import ToolkitError, UsageError
+from toolkit.errors import MissingExtraError, ToolkitError, UsageError
 from toolkit.serve.queue import QueueFullError
+from toolkit.serve.request import TooLongError
 from toolkit.serve.worker import EngineDeadError
 
 _TYPES = {
@@ -44,8 +45,14 @@ def of_toolkit(error: ToolkitError, *, retry_after_s: int = 1) -> JSONResponse:
         response = respond(429, str(error), code="queue_full")
         response.headers["Retry-After"] = str(retry_after_s)
         return response
+    if isinstance(error, TooLongError):
+        # OpenAI's code: by it clients tell a prompt to shorten from one to correct.
+        return respond(400, str(error), code="context_length_exceeded")
     if isinstance(error, UsageError):
         return respond(400, str(error))
+    if isinstance(error, MissingExtraError):
+        # What is not installed is not supported here; a 500 would be sent again and again.
+        return respond(400, str(error), code="unsupported_parameter")
     if isinstance(error, EngineDeadError):
         return respond(503, str(error), code="engine_dead")
     return respond(500, str(error))

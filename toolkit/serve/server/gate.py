@@ -1,10 +1,10 @@
-"""What every HTTP request passes before a route sees it: the API key, and the size of its body."""
+"""What every HTTP request passes: the API key, the size of its body, the count of its answer."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,8 +18,17 @@ _OPEN = frozenset({"/", "/health", "/stats", "/metrics", "/openapi.json", "/docs
 class Gate:
     """Refuses with 401 what brings none of the keys, and with 413 what is too large."""
 
-    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_keys: Sequence[str],
+        max_body_bytes: int,
+        on_status: Callable[[int], None],
+    ) -> None:
+        """`on_status` hears the status of every answer, refusals included."""
         self._app = app
+        self._on_status = on_status
         self._digests = [_digest(key) for key in api_keys]
         self._max_body_bytes = max_body_bytes
 
@@ -27,6 +36,20 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._on_status(message["status"])
+            await send(message)
+
+        try:
+            await self._pass(scope, receive, counted)
+        except Exception:
+            # Answered with 500 further out.
+            self._on_status(500)
+            raise
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         if not self._admits(scope["path"], headers):
             refusal = failures.respond(401, "no valid API key was given", code="invalid_api_key")

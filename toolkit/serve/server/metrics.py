@@ -56,6 +56,12 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self._registry,
         )
+        self._answers = Counter(
+            "toolkit:http_responses",
+            "HTTP answers, by status.",
+            ["model_name", "status"],
+            registry=self._registry,
+        )
         self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to token 1.", _TTFT_S)
         self._itl = self._histogram("inter_token_latency_seconds", "Between tokens.", _TOKEN_S)
         self._tpot = self._histogram(
@@ -81,6 +87,10 @@ class Metrics:
         self._scheduler = engine.scheduler
         self._seen = (0, 0, 0)
         self._finished_seen = dict.fromkeys(FinishReason, 0)
+
+    def answered(self, status: int) -> None:
+        """Count an HTTP answer: what was refused never reaches the engine's own counts."""
+        self._answers.labels(self._model_name, str(status)).inc()
 
     def step(self, report: StepReport) -> None:
         """Count one step of the engine."""

@@ -31,6 +31,22 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
     "verbosity": (None, "medium"),
     "web_search_options": (None,),
+    # vLLM's, which its clients send at their defaults.
+    "add_generation_prompt": (None, True),
+    "add_special_tokens": (None, True),
+    "allowed_token_ids": (None, []),
+    "bad_words": (None, []),
+    "chat_template": (None,),
+    "continue_final_message": (None, False),
+    "documents": (None, []),
+    "length_penalty": (None, 1),
+    "prompt_logprobs": (None,),
+    "return_token_ids": (None, False),
+    "return_tokens_as_token_ids": (None, False),
+    "skip_special_tokens": (None, True),
+    "spaces_between_special_tokens": (None, True),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (None, False),
 }
 # These name the caller or a preference of hosting; no token depends on them.
 _IDENTITY = (
