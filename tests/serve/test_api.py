@@ -286,6 +286,10 @@ def test_tools_reach_the_prompt_and_answers_come_back(served: Any, tokenizer: To
             "no tool is named 'x'",
         ),
         ({"top_logprobs": 3}, "needs logprobs"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "content of type 'image_url' is not supported, only text",
+        ),
         ({"response_format": {"type": "json_schema"}}, "needs its schema"),
     ],
 )

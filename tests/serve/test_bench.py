@@ -149,7 +149,7 @@ def test_a_batch_killed_is_taken_up_again(served: Any, tmp_path: Path) -> None:
     assert lines_of(output)[:2] == rows[:2]
     assert len({row["custom_id"] for row in lines_of(output)}) == len(lines_of(output)) == 7
     finished = json.loads(CliRunner().invoke(cli.app, arguments).stdout)
-    assert (finished["num_before"], finished["num_now"]) == (7, 0)
+    assert (finished["num_before"], finished["num_now"], finished["num_failed"]) == (7, 0, 1)
 
 
 def test_a_batch_waits_where_the_queue_is_full(start: Any, tmp_path: Path) -> None:

@@ -29,6 +29,22 @@ def test_keys(start: Start) -> None:
     assert httpx.post(f"{served.url}/tokenize", json={"prompt": "a"}).status_code == 401
 
 
+def test_pages_of_other_origins(start: Start) -> None:
+    door = Doorkeeping(api_keys=("key",), origins=("https://chat.example",))
+    served = start(door=door)
+    url, ask = f"{served.url}/v1/models", {"access-control-request-method": "GET"}
+    asked = ask | {"access-control-request-headers": "authorization"}
+    for origin, status in (("https://chat.example", 200), ("https://other.example", 400)):
+        preflight = httpx.options(url, headers=asked | {"origin": origin})
+        assert preflight.status_code == status
+    own = {"origin": "https://chat.example"}
+    for headers, status in ((own, 401), (own | {"authorization": "Bearer key"}, 200)):
+        answered = httpx.get(url, headers=headers)
+        assert answered.status_code == status
+        # Errors must be readable, too.
+        assert answered.headers["access-control-allow-origin"] == "https://chat.example"
+
+
 def test_bodies_too_large_or_too_deep(start: Start) -> None:
     served = start(door=Doorkeeping(max_body_bytes=20_000))
     url, kind = f"{served.url}/v1/completions", {"content-type": "application/json"}

@@ -85,13 +85,14 @@ def batch(
         plan=plan,
         policy=policy,
     )
-    left = len(listed) - len(jobs.answered(output).keys() & {job.custom_id for job in listed})
+    before = jobs.answered(output)
+    left = len(listed) - len(before.keys() & {job.custom_id for job in listed})
 
     async def work() -> jobs.Tally:
         with view.progress(quiet=as_json) as bar:
             task = bar.add_task(f"loading {model}" if left else "nothing is left", total=left)
             if not left:
-                return jobs.Tally(len(listed), 0, 0)
+                return jobs.Tally(len(listed), 0, sum(not well for well in before.values()))
             async with _client(model, name, chosen) as client:
                 bar.update(task, description=f"{left} requests")
                 return await jobs.run(

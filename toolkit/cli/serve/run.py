@@ -62,6 +62,10 @@ def run(
     max_body: Annotated[
         str, typer.Option(help="Largest body of a request; more get 413.")
     ] = "8MiB",
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="A page that may ask from a browser, or *; repeatable."),
+    ] = None,
     tool_format: Annotated[
         str, typer.Option(help="How the model writes tool calls: auto, hermes or llama3_json.")
     ] = "auto",
@@ -107,7 +111,11 @@ def run(
     if tool_format not in ("auto", *FORMATS):
         raise unknown_name("format of tool calls", tool_format, ("auto", *FORMATS))
     keys = [*(api_key or ()), *os.environ.get("TOOLKIT_API_KEYS", "").split(",")]
-    door = Doorkeeping(tuple(key.strip() for key in keys if key.strip()), parse_bytes(max_body))
+    door = Doorkeeping(
+        tuple(key.strip() for key in keys if key.strip()),
+        parse_bytes(max_body),
+        tuple(cors_origin or ()),
+    )
     drain_s, replace_s = parse_seconds(drain), parse_seconds(step_timeout)
     listener = server.bind(host, port)
     with view.progress(quiet=as_json) as bar:

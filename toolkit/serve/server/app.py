@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
@@ -23,10 +24,14 @@ from toolkit.serve.server.service import Service
 
 @dataclass(frozen=True)
 class Doorkeeping:
-    """Who is let in: `api_keys` (none: everyone), and how large a body may be."""
+    """Who is let in: `api_keys` (none: everyone), and how large a body may be.
+
+    Pages of `origins` ("*": of any) may ask from a browser.
+    """
 
     api_keys: Sequence[str] = ()
     max_body_bytes: int = 8 * 2**20
+    origins: Sequence[str] = ()
 
 
 def create(service: Service, door: Doorkeeping | None = None) -> FastAPI:
@@ -51,6 +56,14 @@ def create(service: Service, door: Doorkeeping | None = None) -> FastAPI:
         max_body_bytes=door.max_body_bytes,
         on_status=service.metrics.answered,
     )
+    if door.origins:
+        # Outside the gate: a browser first asks without a key whether it may send one.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(door.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
     app.include_router(generation.router(service))
     app.include_router(inspection.router(service))
 

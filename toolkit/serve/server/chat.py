@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from toolkit.serve.server.protocol import Body, invalid
 from toolkit.serve.structured import Structured
@@ -59,6 +59,15 @@ class Message(BaseModel):
     function_call: None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_alone(cls, content: Any) -> Any:
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind not in (None, "text"):
+                raise invalid("messages", f"content of type {kind!r} is not supported, only text")
+        return content
 
     @model_validator(mode="after")
     def _say_something(self) -> Message:
