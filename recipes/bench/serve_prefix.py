@@ -121,7 +121,7 @@ async def play(ready: list[dict[str, Any]], options: argparse.Namespace) -> list
     """
     from toolkit.serve.bench.client import Target
 
-    clients = [Target(f"{each['url']}/v1", each["model"], chat=True).client() for each in ready]
+    targets = [Target(f"{each['url']}/v1", each["model"], chat=True) for each in ready]
     chats: list[list[list[Turn]]] = []
     for number in range(options.chats + 1):
         sides: list[list[Turn]] = [[], []]
@@ -136,23 +136,21 @@ async def play(ready: list[dict[str, Any]], options: argparse.Namespace) -> list
                     "temperature": 0,
                     "cache_salt": f"chat {number}",
                 }
-                sides[side].append(await turn(clients[side], body))
+                sides[side].append(await turn(targets[side], body))
             answers = [side[-1].text for side in sides]
             if answers[0] != answers[1]:
                 raise SystemExit(f"with and without the cache, turn {at + 1} differs: {answers}")
             messages.append({"role": "assistant", "content": answers[0]})
         chats.append(sides)
-    for client in clients:
-        await client.aclose()
     return chats[1:]
 
 
-async def turn(client: Any, body: dict[str, Any]) -> Turn:
+async def turn(target: Any, body: dict[str, Any]) -> Turn:
     """Ask once and return what came."""
     from toolkit.serve.bench.client import ask
 
     start_s = time.perf_counter()
-    record = await ask(client, "/chat/completions", body)
+    record = await ask(target, body)
     if record.error is not None:
         raise SystemExit(f"a request failed: {record.error}")
     usage = record.usage

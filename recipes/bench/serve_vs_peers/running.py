@@ -6,7 +6,6 @@ Both take a load and say what came of every request. One that is not measured is
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -23,6 +22,7 @@ import httpx
 from toolkit.errors import ToolkitError
 from toolkit.serve.bench import client
 from toolkit.serve.bench.client import Sample, Target
+from toolkit.serve.bench.exchange import on_a_loop
 from toolkit.serve.bench.load import Arrival
 
 _START_S = 300.0
@@ -113,7 +113,7 @@ class Server(Running):
 
     def send(self, arrivals: Sequence[Arrival], prompts: Sequence[Sequence[int]]) -> list[Sample]:
         target = Target(self._url, self._model, timeout_s=_RUN_S, extra=self._extra)
-        return asyncio.run(client.run(target, arrivals, prompts))
+        return on_a_loop(client.run(target, arrivals, prompts))
 
 
 class Driver(Running):

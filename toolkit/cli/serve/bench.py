@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,6 +58,7 @@ def bench(
     if picture is not None:
         require("matplotlib.figure", extra="plots")
     from toolkit.serve.bench import client, load, report
+    from toolkit.serve.bench.exchange import on_a_loop
 
     lengths = load.Lengths.parse(prompt, "prompt"), load.Lengths.parse(output, "output")
     rates = _rates(rate)
@@ -75,9 +75,7 @@ def bench(
     target = client.Target(
         base, model or client.first_model(base, api_key), chat, api_key, ignore_eos
     )
-    texts = load.Texts(
-        chars_per_token=asyncio.run(client.probe(target)), shared_tokens=shared, seed=seed
-    )
+    texts = load.Texts(chars_per_token=client.probe(target), shared_tokens=shared, seed=seed)
     runs: list[dict[str, Any]] = []
     with view.progress(quiet=as_json) as bar:
         for each, arrivals in plans.items():
@@ -90,7 +88,7 @@ def bench(
             )
             # JSON knows no infinity: None stands for all at once.
             sent = each if math.isfinite(each) else None
-            runs.append({"rate": sent} | report.summary(asyncio.run(done), promise))
+            runs.append({"rate": sent} | report.summary(on_a_loop(done), promise))
     if picture is not None:
         report.draw(runs, picture, f"{target.model} at {base}")
     body = {"url": base, "model": target.model, "seed": seed, "runs": runs}

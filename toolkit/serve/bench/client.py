@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import httptools
 import httpx
 
 from toolkit.errors import ToolkitError
+from toolkit.serve.bench.exchange import Reply, post
 from toolkit.serve.bench.load import Arrival
 
 # What is asked once to learn how many characters a token has.
@@ -27,7 +28,8 @@ Prompt = str | Sequence[int]
 class Target:
     """Where and how: an OpenAI base URL (ending in /v1), a model, completions or chat.
 
-    `extra` are further fields of every body, for what only this server understands.
+    `timeout_s` is what a whole request may take; `extra` are further fields of every body, for
+    what only this server understands.
     """
 
     url: str
@@ -51,15 +53,9 @@ class Target:
     def path(self) -> str:
         return "/chat/completions" if self.chat else "/completions"
 
-    def client(self) -> httpx.AsyncClient:
-        """Return a client that opens as many connections as the load needs."""
-        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        return httpx.AsyncClient(
-            base_url=self.url,
-            headers=headers,
-            timeout=self.timeout_s,
-            limits=httpx.Limits(max_connections=None),
-        )
+    @property
+    def headers(self) -> dict[str, str]:
+        return _authorised(self.api_key)
 
 
 @dataclass(frozen=True)
@@ -106,16 +102,16 @@ class Record:
     error: str | None = None
 
 
-async def probe(target: Target) -> float:
+def probe(target: Target) -> float:
     """Return how many characters a token of the target's model has. Raises ToolkitError."""
-    async with target.client() as client:
-        try:
-            answer = await client.post(target.path, json=target.body(_PROBE, 1))
-        except httpx.HTTPError as error:
-            raise ToolkitError(
-                f"{target.url} does not answer: {type(error).__name__} {error}",
-                remedy="start the server first, and give its URL up to /v1",
-            ) from error
+    url, body = target.url + target.path, target.body(_PROBE, 1)
+    try:
+        answer = httpx.post(url, json=body, headers=target.headers, timeout=target.timeout_s)
+    except httpx.HTTPError as error:
+        raise ToolkitError(
+            f"{target.url} does not answer: {type(error).__name__} {error}",
+            remedy="start the server first, and give its URL up to /v1",
+        ) from error
     if answer.status_code != 200:
         raise ToolkitError(f"{target.url} answers {answer.status_code}: {answer.text[:300]}")
     return len(_PROBE) / int(answer.json()["usage"]["prompt_tokens"])
@@ -129,17 +125,24 @@ async def run(
     on_done: Callable[[], None] = lambda: None,
 ) -> list[Sample]:
     """Send every request at its time, whatever has become of the others; return what came."""
-    async with target.client() as client:
-        start_s = time.perf_counter()
+    start_s = time.perf_counter()
 
-        async def one(arrival: Arrival, prompt: Prompt) -> Sample:
-            await asyncio.sleep(start_s + arrival.at_s - time.perf_counter())
-            sent_s = time.perf_counter()
-            body = target.body(prompt, arrival.output_tokens)
-            record = await ask(client, target.path, body)
-            end_s = time.perf_counter()
-            on_done()
-            return Sample(
+    async def one(arrival: Arrival, prompt: Prompt) -> tuple[float, Reply | str, float]:
+        await asyncio.sleep(start_s + arrival.at_s - time.perf_counter())
+        sent_s = time.perf_counter()
+        reply = await _answered(target, target.body(prompt, arrival.output_tokens))
+        end_s = time.perf_counter()
+        on_done()
+        return sent_s, reply, end_s
+
+    pairs = list(zip(arrivals, prompts, strict=True))
+    came = await asyncio.gather(*(one(*pair) for pair in pairs))
+    # Read only now: while the load runs, the machine is for whoever serves it.
+    samples = []
+    for arrival, (sent_s, reply, end_s) in zip(arrivals, came, strict=True):
+        record = _heard(reply)
+        samples.append(
+            Sample(
                 arrival,
                 sent_s - start_s,
                 end_s - start_s,
@@ -148,49 +151,64 @@ async def run(
                 record.usage.get("completion_tokens", len(record.piece_s)),
                 record.error,
             )
+        )
+    return samples
 
-        pairs = zip(arrivals, prompts, strict=True)
-        return list(await asyncio.gather(*(one(*pair) for pair in pairs)))
 
-
-async def ask(client: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> Record:
+async def ask(target: Target, body: Mapping[str, Any]) -> Record:
     """Send one request and return its streamed answer; whatever goes wrong is its `error`."""
-    record = Record()
+    return _heard(await _answered(target, body))
+
+
+async def _answered(target: Target, body: Mapping[str, Any]) -> Reply | str:
+    """Return what came, or the name of what went wrong."""
     streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    url = target.url + target.path
     try:
-        async with client.stream("POST", path, json={**body, **streamed}) as answer:
-            if answer.status_code != 200:
-                await answer.aread()
-                record.error = f"HTTP {answer.status_code}"
-                return record
-            async for line in answer.aiter_lines():
-                if line.startswith("data: ") and line != "data: [DONE]":
-                    _hear(json.loads(line.removeprefix("data: ")), record)
-    except (httpx.HTTPError, ValueError) as error:
-        record.error = type(error).__name__
-    if record.error is None and not record.piece_s:
-        record.error = "nothing came"
+        return await post(url, target.headers, {**body, **streamed}, timeout_s=target.timeout_s)
+    except (OSError, asyncio.TimeoutError, httptools.HttpParserError) as error:
+        return type(error).__name__
+
+
+def _heard(reply: Reply | str) -> Record:
+    record = Record()
+    if isinstance(reply, str):
+        record.error = reply
+    elif reply.status != 200:
+        record.error = f"HTTP {reply.status}"
+    else:
+        try:
+            for at_s, event in reply.events():
+                _hear(event, at_s, record)
+        except ValueError as error:
+            record.error = type(error).__name__
+        if record.error is None and not record.piece_s:
+            record.error = "nothing came"
     return record
 
 
-def _hear(event: dict[str, Any], record: Record) -> None:
+def _hear(event: dict[str, Any], at_s: float, record: Record) -> None:
     if "error" in event:
         record.error = str(event["error"].get("code") or event["error"].get("message"))
     record.usage = event.get("usage") or record.usage
     for choice in event.get("choices", ()):
         if piece := choice.get("text") or (choice.get("delta") or {}).get("content"):
             record.text += piece
-            record.piece_s.append(time.perf_counter())
+            record.piece_s.append(at_s)
 
 
 def first_model(url: str, api_key: str | None) -> str:
     """Return the first model a server lists. Raises ToolkitError."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        answer = httpx.get(f"{url}/models", headers=headers, timeout=30).raise_for_status()
+        answer = httpx.get(f"{url}/models", headers=_authorised(api_key), timeout=30)
+        answer.raise_for_status()
         return str(answer.json()["data"][0]["id"])
     except (httpx.HTTPError, ValueError, LookupError) as error:
         raise ToolkitError(
             f"{url} lists no model: {type(error).__name__} {error}",
             remedy="start the server first, give its URL up to /v1, or name the model",
         ) from error
+
+
+def _authorised(api_key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
