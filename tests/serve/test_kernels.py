@@ -200,6 +200,19 @@ def test_activations_far_from_zero(kernels: Library, config: DecoderConfig) -> N
     assert (ours - reference).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("columns", [5, 83, 4096])
+def test_the_likeliest_token(kernels: Library, columns: int) -> None:
+    """The first of the largest, of rows further apart than they are long."""
+    room = torch.randint(-9, 9, (13, columns + 16), generator=torch.Generator().manual_seed(2))
+    logits = room.float()
+    logits[1] = -torch.inf
+    logits[2, :columns] = -torch.inf
+    logits[2, columns - 1] = -1e30
+    logits[:, columns:] = 99
+    found = Team(kernels, 2).argmax(logits.data_ptr(), (13, columns), logits.stride(0))
+    assert found == np.argmax(logits[:, :columns].numpy(), axis=1).tolist()
+
+
 def test_blocks_of_any_size(kernels: Library) -> None:
     decoder = NativeDecoder(TINY, tiny_weights("none"))
     decoder.start(1)

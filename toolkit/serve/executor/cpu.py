@@ -51,7 +51,7 @@ class CpuExecutor:
         if len(step.pooled_rows):
             hidden = torch.empty(len(step.pooled_rows), self.decoder.config.hidden_size)
         logits = self.decoder.forward(step, self.cache, hidden)
-        return sampler.draw(logits, batch, hidden)
+        return sampler.draw(logits, batch, hidden, self.decoder.likeliest)
 
     def successor(self) -> CpuExecutor:
         """Return an executor of the same weights with an empty cache."""

@@ -22,6 +22,7 @@ from toolkit.serve.model.grouped import Weight, dense, joined
 from toolkit.serve.model.inputs import StepInput
 from toolkit.serve.model.linear import Product, product
 from toolkit.serve.model.loaded import NormWeights, take_layer, take_norm
+from toolkit.serve.model.sampler import likeliest
 
 # A layer's number and its queries, keys and values `[N, H + 2K, D]` to `[N, H * D]`; what it is
 # made of stores keys and values first.
@@ -95,6 +96,10 @@ class Decoder:
         return PagedKV(self.config, num_blocks, block_size, dtype=self.kv_dtype)
 
     @torch.inference_mode()
+    def likeliest(self, logits: torch.Tensor) -> list[int]:
+        """Return the likeliest token of each row `[rows, V]`."""
+        return likeliest(logits)
+
     def forward(
         self, step: StepInput, cache: PagedKV, hidden: torch.Tensor | None = None
     ) -> torch.Tensor:

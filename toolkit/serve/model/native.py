@@ -169,6 +169,15 @@ class NativeDecoder:
             hidden.copy_(pooled[:, : self.config.hidden_size])
         return logits[:, : self.config.vocab_size]
 
+    def likeliest(self, logits: torch.Tensor) -> list[int]:
+        """Return the likeliest token of each row `[rows, V]`, the first of equals.
+
+        On the decoder's own threads: torch's would spin on when the next step begins.
+        """
+        assert self._team is not None
+        rows, columns = logits.shape
+        return self._team.argmax(logits.data_ptr(), (rows, columns), logits.stride(0))
+
     def _room(self, rows: int) -> torch.Tensor:
         """Return memory for logits, kept from step to step: fresh pages would cost more to map."""
         if len(self._logits) < rows:

@@ -7,7 +7,7 @@ request's tokens do not change with its neighbours, its batch or a preemption.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,16 +15,30 @@ import torch
 from toolkit.serve.batch import Batch, Detail, Score, Slice, StepResult
 from toolkit.serve.request import Request, SamplingParams
 
+Likeliest = Callable[[torch.Tensor], list[int]]
+
 # Nucleus sampling looks at this many candidates before it sorts a whole vocabulary.
 _CANDIDATES = 1024
 
 
-def draw(logits: torch.Tensor, batch: Batch, hidden: torch.Tensor | None = None) -> StepResult:
+def likeliest(logits: torch.Tensor) -> list[int]:
+    """Return the token with the largest logit of each row `[rows, vocabulary]`."""
+    tokens: list[int] = torch.argmax(logits, dim=-1).tolist()
+    return tokens
+
+
+def draw(
+    logits: torch.Tensor,
+    batch: Batch,
+    hidden: torch.Tensor | None = None,
+    likeliest: Likeliest = likeliest,
+) -> StepResult:
     """Return the step's tokens, and the scores and sums of hidden states that were asked for.
 
     `logits` `[rows, vocabulary]` hold `Slice.num_logits` rows a slice, in the batch's order; where
     a slice samples, its last row is the one drawn from. `hidden` `[tokens, hidden size]` holds the
-    last hidden states of every pooled slice's tokens, in the same order.
+    last hidden states of every pooled slice's tokens, in the same order. `likeliest` is how the
+    largest logit of each row is found.
     """
     first, last_rows, sampling = 0, [], []
     details: dict[str, Detail] = {}
@@ -43,6 +57,7 @@ def draw(logits: torch.Tensor, batch: Batch, hidden: torch.Tensor | None = None)
         _changed(raw, sampling),
         [request.sampling for request in sampling],
         [(request.seed, len(request.output_ids)) for request in sampling],
+        likeliest,
     )
     for row, (request, token) in enumerate(zip(sampling, tokens, strict=True)):
         if request.sampling.logprobs is not None:
@@ -60,13 +75,16 @@ def draw(logits: torch.Tensor, batch: Batch, hidden: torch.Tensor | None = None)
 
 
 def sample(
-    logits: torch.Tensor, params: Sequence[SamplingParams], keys: Sequence[tuple[int, int]]
+    logits: torch.Tensor,
+    params: Sequence[SamplingParams],
+    keys: Sequence[tuple[int, int]],
+    likeliest: Likeliest = likeliest,
 ) -> list[int]:
     """Return one token id per row of `logits` `[rows, vocabulary]`.
 
     `keys` holds each row's (seed, number of tokens drawn before).
     """
-    tokens: list[int] = torch.argmax(logits, dim=-1).tolist()
+    tokens = likeliest(logits)
     for row, (chosen, key) in enumerate(zip(params, keys, strict=True)):
         if not chosen.greedy:
             tokens[row] = _draw(logits[row], chosen, _uniform(*key))

@@ -242,6 +242,16 @@ void kernels_multiply(void* context, const Matrix* m, const float* x, int rows, 
   });
 }
 
+// Where the largest of each row's first `count` numbers stands, the first of equals.
+void kernels_argmax(void* context, const float* x, int rows, int stride, int count, int32_t* found) {
+  auto& c = *(Context*)context;
+  c.team.run(1, [&](int) {
+    c.team.runs(0, rows, 1, [&](int row, int) {
+      found[row] = argmax(x + (size_t)row * stride, count);
+    });
+  });
+}
+
 void kernels_exp(const float* x, float* y, int count) {
   for (int i = 0; i < count; i += L) store(y + i, exp(load(x + i)));
 }

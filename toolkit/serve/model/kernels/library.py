@@ -97,8 +97,9 @@ def load(path: Path) -> Library:
     calls.kernels_close.argtypes = (c_void_p,)
     calls.kernels_step.argtypes = (c_void_p, POINTER(CModel), POINTER(CCache), POINTER(CStep))
     calls.kernels_multiply.argtypes = (c_void_p, POINTER(CMatrix), c_void_p, c_int32, c_void_p)
+    calls.kernels_argmax.argtypes = (c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p)
     calls.kernels_exp.argtypes = (c_void_p, c_void_p, c_int32)
-    for name in ("close", "layout", "step", "multiply", "exp"):
+    for name in ("close", "layout", "step", "multiply", "argmax", "exp"):
         getattr(calls, f"kernels_{name}").restype = None
     layout = (c_int32 * 3)()
     calls.kernels_layout(layout)
@@ -124,6 +125,13 @@ class Team:
     def multiply(self, matrix: CMatrix, x: int, rows: int, y: int) -> None:
         """Multiply `rows` rows at address `x` by a matrix, into `y` (rows of whole panels)."""
         self._library.calls.kernels_multiply(self._handle, matrix, x, rows, y)
+
+    def argmax(self, x: int, shape: tuple[int, int], stride: int) -> list[int]:
+        """Return where the largest number of each row stands, of float32 `shape` at address `x`."""
+        rows, columns = shape
+        found = (c_int32 * rows)()
+        self._library.calls.kernels_argmax(self._handle, x, rows, stride, columns, found)
+        return list(found)
 
     def close(self) -> None:
         """End the threads. Safe more than once."""

@@ -1,5 +1,7 @@
-// Norms and rotation of one row.
+// Norms, rotation and the largest number of one row.
 #pragma once
+
+#include <algorithm>
 
 #include "model.h"
 
@@ -46,6 +48,16 @@ inline void rotate(float* x, const float* cos, const float* sin, int half) {
     x[i] = a * cos[i] - b * sin[i];
     x[i + half] = b * cos[i] + a * sin[i];
   }
+}
+
+inline int argmax(const float* x, int count) {
+  F top = splat(-INFINITY);
+  int i = 0;
+  for (; i + L <= count; i += L) top = max(top, load(x + i));
+  float most = maximum(top);
+  for (; i < count; ++i) most = x[i] > most ? x[i] : most;
+  const float* at = std::find(x, x + count, most);
+  return at == x + count ? 0 : (int)(at - x);
 }
 
 }  // namespace kernels
