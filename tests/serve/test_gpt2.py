@@ -111,7 +111,7 @@ def test_the_context_ends_with_the_positions(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"activation_function": "relu"}, UsageError, "activation 'relu'"),
+        ({"activation_function": "relu"}, UsageError, "activation_function to 'relu'"),
         ({"scale_attn_by_inverse_layer_idx": True}, UsageError, "scale_attn_by_inverse_layer_idx"),
         ({"n_inner": 100}, FormatError, "up_proj.weight' is"),
         ({"n_positions": 64}, FormatError, "embed_positions.weight' is"),

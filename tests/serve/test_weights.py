@@ -68,7 +68,20 @@ def test_shards_are_joined(tiny: Path, tmp_path: Path) -> None:
     [
         ({"model_type": "lama"}, UsageError, "did you mean 'llama'"),
         ({"model_type": "mamba"}, UsageError, "unknown architecture"),
-        ({"hidden_act": "gelu"}, UsageError, "gelu"),
+        ({"hidden_act": "gelu"}, UsageError, "hidden_act to 'gelu'.* served is 'silu'"),
+        ({"mlp_bias": True}, UsageError, "mlp_bias to True"),
+        ({"partial_rotary_factor": 0.5}, UsageError, "partial_rotary_factor to 0.5"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            UsageError,
+            "partial_rotary_factor to 0.5",
+        ),
+        ({"final_logit_softcapping": 30.0}, UsageError, "final_logit_softcapping to 30"),
+        ({"layer_types": ["chunked_attention"]}, UsageError, "layer_types to 'chunked_attention'"),
+        ({"tie_word_embeddings": True}, FormatError, "tie_word_embeddings to true"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, UsageError, "by gptq.*GGUF"),
+        ({"quantization_config": {"load_in_4bit": True}}, UsageError, "load_in_4bit"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, UsageError, "compressed-"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, UsageError, "yarn"),
         ({"num_key_value_heads": 2}, FormatError, "k_proj.weight' is"),
         ({"num_hidden_layers": 2}, FormatError, r"no weight 'layers\.1\."),
@@ -81,6 +94,29 @@ def test_a_folder_that_is_not_what_it_says(
 ) -> None:
     with pytest.raises(error, match=message):
         weights.load(altered(tiny, tmp_path, **changes))
+
+
+def test_fields_that_ask_for_nothing(tiny: Path, tmp_path: Path) -> None:
+    neutral = {"partial_rotary_factor": 1.0, "mlp_bias": False, "quantization_config": None}
+    folder = altered(tiny, tmp_path, **neutral, layer_types=["full_attention"])
+    assert weights.load(folder).config == weights.load(tiny).config
+
+
+def test_a_window_that_a_mistral_does_not_state(tiny: Path, tmp_path: Path) -> None:
+    stated: dict[str, object] = {"model_type": "mistral", "max_position_embeddings": 32_768}
+    assert weights.load(altered(tiny, tmp_path, **stated)).config.max_context == 4096
+    folder = altered(tiny, tmp_path, **stated, sliding_window=None)
+    assert weights.load(folder).config.max_context == 32_768
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float8_e4m3fn])
+def test_weights_of_a_type_that_is_not_read(tiny: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = altered(tiny, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(dtype)}, folder / "model.safetensors")
+    with pytest.raises(UsageError, match=rf"{name}' as {dtype}.*unquantised weights"):
+        weights.load(folder)
 
 
 def test_torn_safetensors(tiny: Path, tmp_path: Path) -> None:
@@ -118,16 +154,51 @@ def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
         weights.load(foreign)
 
 
-def test_gguf_of_another_architecture(tmp_path: Path) -> None:
+def write_gguf(path: Path, architecture: str, **numbers: float) -> Path:
+    """A model without layers; `numbers` are named without the architecture."""
     import gguf
 
-    path = tmp_path / "other.gguf"
-    writer = gguf.GGUFWriter(path, "gemma3")
-    writer.add_context_length(64)
+    writer = gguf.GGUFWriter(path, architecture)
+    sizes = {"block_count": 0, "context_length": 64, "embedding_length": 8}
+    for name, size in (sizes | {"feed_forward_length": 8, "attention.head_count": 2}).items():
+        writer.add_uint32(f"{architecture}.{name}", size)
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
+    for name, number in numbers.items():
+        add = writer.add_uint32 if isinstance(number, int) else writer.add_float32
+        add(f"{architecture}.{name}", number)  # type: ignore[arg-type]
     writer.add_tensor("token_embd.weight", np.zeros((4, 8), np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(8, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+def test_gguf_of_another_architecture(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"architecture .* 'gemma3'"):
-        weights.load(path)
+        weights.load(write_gguf(tmp_path / "other.gguf", "gemma3"))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"expert_count": 8}, "expert_count to 8"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping to 30"),
+        ({"attention.scale": 0.25}, r"attention\.scale to 0\.25"),
+        ({"rope.dimension_count": 2}, "rotates only part"),
+    ],
+)
+def test_a_gguf_that_asks_for_more(tmp_path: Path, numbers: dict[str, float], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        weights.load(write_gguf(tmp_path / "more.gguf", "llama", **numbers))
+
+
+def test_rotary_stretching_of_a_gguf(tmp_path: Path) -> None:
+    for name, divisors in (
+        ("rope.scaling.factor", (4.0, 4.0)),
+        ("rope.scale_linear", (4.0, 4.0)),
+        ("rope.freq_base", None),
+    ):
+        path = write_gguf(tmp_path / "stretched.gguf", "llama", **{name: 4.0})
+        assert weights.load(path).config.rope_divisors == divisors

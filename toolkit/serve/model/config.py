@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from toolkit.errors import UsageError
 
@@ -64,3 +66,15 @@ class DecoderConfig:
     def kv_bytes_per_token(self, bytes_per_value: int = 4) -> int:
         """Return the KV cache's bytes per token over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_size * bytes_per_value
+
+
+def check_supported(
+    settings: Mapping[str, Any], supported: Mapping[str, Sequence[Any]], where: Path
+) -> None:
+    """Raise UsageError where a field has another value than those that are computed here."""
+    for name, values in supported.items():
+        if name in settings and settings[name] not in values:
+            raise UsageError(
+                f"{where} sets {name} to {settings[name]!r}, which is not supported",
+                remedy=f"served is {' or '.join(map(repr, values))}: take another model",
+            )

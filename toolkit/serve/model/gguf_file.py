@@ -10,7 +10,7 @@ import torch
 
 from toolkit.errors import FormatError, UsageError, require, unknown_name
 from toolkit.serve.model import gpt2
-from toolkit.serve.model.config import DecoderConfig
+from toolkit.serve.model.config import DecoderConfig, check_supported
 from toolkit.serve.model.grouped import Grouped, Weight, dense, from_gguf
 from toolkit.serve.model.loaded import LoadedModel, check, rows_of, split
 from toolkit.serve.model.part import Part
@@ -29,6 +29,21 @@ _LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+}
+# What would change the computation, by what it is called after the architecture, and the values
+# at which it does not.
+_SUPPORTED = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.scale": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "embedding_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "logit_scale": (0.0, 1.0),
+    "expert_count": (0,),
+    "use_parallel_residual": (False,),
 }
 _TOP_NAMES = {
     "token_embd": "embed_tokens",
@@ -88,8 +103,8 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any], path: Path) -> Deco
             raise FormatError(f"{path} does not state {architecture}.{name}")
         return default if field is None else field.contents()
 
-    if value("expert_count", 0):
-        raise UsageError(f"{path} is a mixture of experts, which is not supported")
+    stated = {name: field for name in _SUPPORTED if (field := value(name, "")) != ""}
+    check_supported(stated, _SUPPORTED, path)
     hidden, heads = int(value("embedding_length")), int(value("attention.head_count"))
     vocab_size = int(tensors["token_embd.weight"].shape[1])
     context = int(value("context_length"))
@@ -117,12 +132,10 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any], path: Path) -> Deco
         ffn_size=int(value("feed_forward_length")),
         vocab_size=vocab_size,
         # Within its window, sliding attention is plain attention.
-        max_context=min(context, int(value("attention.sliding_window", context))),
+        max_context=min(context, int(value("attention.sliding_window", context)) or context),
         norm_eps=float(value("attention.layer_norm_rms_epsilon")),
         rope_theta=float(value("rope.freq_base", 10000.0)),
-        rope_divisors=_divisors(
-            value("rope.scaling.type", "none"), value, tensors, head_size, path
-        ),
+        rope_divisors=_divisors(value, tensors, head_size, path),
         tied_head="output.weight" not in tensors,
         output_bias="blk.0.attn_output.bias" in tensors,
         qkv_bias="blk.0.attn_q.bias" in tensors,
@@ -131,19 +144,22 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any], path: Path) -> Deco
 
 
 def _divisors(
-    scaling: str, value: Any, tensors: dict[str, Any], head_size: int, path: Path
+    value: Any, tensors: dict[str, Any], head_size: int, path: Path
 ) -> tuple[float, ...] | None:
     """Return what each rotary frequency is divided by, or None when by nothing."""
-    if "rope_freqs.weight" in tensors:
-        return tuple(float(factor) for factor in tensors["rope_freqs.weight"].data)
+    # A factor without a type, or under its older name, is linear; 0 says that there is none.
+    scaling = value("rope.scaling.type", "linear")
+    factor = float(value("rope.scaling.factor", 0.0) or value("rope.scale_linear", 0.0)) or 1.0
+    if scaling not in ("none", "linear"):
+        raise UsageError(
+            f"{path} stretches its rotary embedding by {scaling!r}, which is not supported",
+            remedy="supported: none, linear, and llama 3's frequency factors",
+        )
     if scaling == "none":
-        return None
-    if scaling == "linear":
-        return (float(value("rope.scaling.factor")),) * (head_size // 2)
-    raise UsageError(
-        f"{path} stretches its rotary embedding by {scaling!r}, which is not supported",
-        remedy="supported: none, linear, and llama 3's frequency factors",
-    )
+        factor = 1.0
+    if "rope_freqs.weight" in tensors:
+        return tuple(factor * float(each) for each in tensors["rope_freqs.weight"].data)
+    return None if factor == 1.0 else (factor,) * (head_size // 2)
 
 
 def _renamed(name: str, path: Path) -> str:

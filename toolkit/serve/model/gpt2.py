@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from toolkit.errors import UsageError
-from toolkit.serve.model.config import DecoderConfig
+from toolkit.serve.model.config import DecoderConfig, check_supported
 from toolkit.serve.model.loaded import split
 
 _NAMES = {
@@ -25,13 +24,12 @@ _NAMES = {
 }
 # Stored [in, out], the other way round from everybody else's.
 _TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-# The causal mask, which old checkpoints carry.
-_MASKS = (".attn.bias", ".attn.masked_bias")
-# What would change the computation: its name, and the only value that is supported.
-_FIXED = {
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
+# What would change the computation, and the values that are computed.
+_SUPPORTED = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
 }
 
 
@@ -70,14 +68,7 @@ def describe(
 
 def config(settings: Mapping[str, Any], folder: Path) -> DecoderConfig:
     """Read config.json's fields. Raises KeyError for one that is missing, UsageError."""
-    activation = settings.get("activation_function", "gelu_new")
-    if activation not in ("gelu_new", "gelu_pytorch_tanh"):
-        raise UsageError(
-            f"{folder} uses activation {activation!r}; only gelu_new is supported in GPT-2"
-        )
-    for name, value in _FIXED.items():
-        if settings.get(name, value) != value:
-            raise UsageError(f"{folder} sets {name} to {settings[name]}, which is not supported")
+    check_supported(settings, _SUPPORTED, folder / "config.json")
     hidden = settings["n_embd"]
     return describe(
         num_layers=settings["n_layer"],
@@ -98,8 +89,6 @@ def weights(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     found: dict[str, torch.Tensor] = {}
     for name, tensor in stored.items():
-        if name.endswith(_MASKS):
-            continue
         laid = torch.atleast_1d(tensor.T.contiguous() if name.endswith(_TRANSPOSED) else tensor)
         for part, rows in split(_renamed(name.removeprefix("transformer.")), len(laid)).items():
             found[part] = laid[rows.start : rows.stop]

@@ -11,28 +11,66 @@ import torch
 
 from toolkit.errors import FormatError, UsageError, require, unknown_name
 from toolkit.serve.model import gpt2
-from toolkit.serve.model.config import DecoderConfig, RopeScaling
+from toolkit.serve.model.config import DecoderConfig, RopeScaling, check_supported
 from toolkit.serve.model.loaded import LoadedModel, check
 from toolkit.serve.model.part import Part
 
 _ARCHITECTURES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 _INDEX = "model.safetensors.index.json"
-# Buffers that old checkpoints carry and every loader recomputes.
-_DERIVED = ("rotary_emb.inv_freq",)
+# Buffers that old checkpoints carry and every loader recomputes: frequencies, GPT-2's masks.
+_DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What would change the computation, and the values that are computed. Some are fields of related
+# families, which derived checkpoints carry over.
+_NO, _ONE, _UNSET = (False, None), (1, None), (None,)
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "mlp_bias": _NO,
+    "partial_rotary_factor": _ONE,
+    "rotary_pct": _ONE,
+    "attn_logit_softcapping": _UNSET,
+    "final_logit_softcapping": _UNSET,
+    "attention_multiplier": _UNSET,
+    "query_pre_attn_scalar": _UNSET,
+    "embedding_multiplier": _ONE,
+    "residual_multiplier": _ONE,
+    "logits_scaling": _ONE,
+    "logit_scale": _ONE,
+    "attention_chunk_size": _UNSET,
+    "clip_qkv": _UNSET,
+    "qk_layernorm": _NO,
+    "use_qk_norm": _NO,
+    "is_causal": (True, None),
+    "use_bidirectional_attention": _NO,
+    "num_local_experts": (0, None),
+}
+# Files in which older tools say what `quantization_config` says.
+_QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def load(folder: Path, part: Part | None = None) -> LoadedModel:
     """Read the model in `folder`, or a rank's part; see weights.load for what is raised."""
     settings = _json(folder / "config.json")
     config = _config(settings, folder)
+    _refuse_quantised(settings, folder)
     computed = config if part is None else part.config(config)
     weights, shapes = _weights(folder, part)
     if config.architecture == "gpt2":
         weights = gpt2.weights(weights)
         shapes = {name: weight.shape for name, weight in weights.items()}
     if config.tied_head:
-        for found in (weights, shapes):
-            found.pop("lm_head.weight", None)
+        shapes.pop(_HEAD, None)
+        head, twin = weights.pop(_HEAD, None), weights.get(_EMBEDDING)
+        if part is not None and twin is not None:
+            twin = part.of(_HEAD, twin)
+        if head is not None and twin is not None and not torch.equal(head, twin):
+            raise FormatError(
+                f"{folder}/config.json sets tie_word_embeddings to true, and the file's {_HEAD} "
+                f"differs from its {_EMBEDDING}",
+                remedy="set it to false, if the model was trained so",
+            )
     check(config, shapes, folder)
     if part is not None:
         weights |= part.head(config, weights)
@@ -66,18 +104,15 @@ def _config(settings: dict[str, Any], folder: Path) -> DecoderConfig:
 
 
 def _llama(architecture: str, settings: dict[str, Any], folder: Path) -> DecoderConfig:
-    activation = settings.get("hidden_act", "silu")
-    if activation != "silu" or settings.get("mlp_bias"):
-        raise UsageError(
-            f"{folder} uses activation {activation!r} and mlp_bias {settings.get('mlp_bias')}; "
-            "only silu without bias is supported"
-        )
+    file = folder / "config.json"
+    check_supported(settings, _SUPPORTED, file)
     heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
     # transformers 5 writes rope_parameters; before, rope_theta and rope_scaling lay apart.
     rope = settings.get("rope_parameters") or {
         "rope_theta": settings.get("rope_theta", 10000.0),
         **(settings.get("rope_scaling") or {}),
     }
+    check_supported(rope, _SUPPORTED, file)
     head_size = settings.get("head_dim") or hidden // heads
     scaling, divisors = _rope(rope, head_size, folder)
     biased = bool(settings.get("attention_bias", False))
@@ -90,7 +125,7 @@ def _llama(architecture: str, settings: dict[str, Any], folder: Path) -> Decoder
         head_size=head_size,
         ffn_size=settings["intermediate_size"],
         vocab_size=settings["vocab_size"],
-        max_context=_context(settings),
+        max_context=_context(architecture, settings, file),
         norm_eps=settings["rms_norm_eps"],
         rope_theta=float(rope["rope_theta"]),
         rope_scaling=scaling,
@@ -102,9 +137,13 @@ def _llama(architecture: str, settings: dict[str, Any], folder: Path) -> Decoder
     )
 
 
-def _context(settings: dict[str, Any]) -> int:
+def _context(architecture: str, settings: dict[str, Any], file: Path) -> int:
     """Return the longest context: within its window, sliding attention is plain attention."""
-    context, window = settings["max_position_embeddings"], settings.get("sliding_window")
+    for kind in settings.get("layer_types") or ():
+        check_supported({"layer_types": kind}, {"layer_types": (_FULL, _SLIDING)}, file)
+    # transformers' default, which a file that was written by it may leave out.
+    default = 4096 if architecture == "mistral" else None
+    context, window = settings["max_position_embeddings"], settings.get("sliding_window", default)
     return min(context, window) if window and settings.get("use_sliding_window", True) else context
 
 
@@ -112,8 +151,6 @@ def _rope(
     rope: dict[str, Any], head_size: int, folder: Path
 ) -> tuple[RopeScaling | None, tuple[float, ...] | None]:
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if float(rope.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UsageError(f"{folder} rotates only part of each head, which is not supported")
     if kind == "default":
         return None, None
     if kind == "linear":
@@ -156,6 +193,8 @@ def _weights(
                 for stored in names:
                     if not stored.endswith(_DERIVED):
                         name, tensor = stored.removeprefix("model."), tensors.get_tensor(stored)
+                        if tensor.dtype not in _DTYPES:
+                            raise _quantised(f"{path} holds {stored!r} as {tensor.dtype}")
                         shapes[name] = tensor.shape
                         kept = tensor if part is None else part.of(name, tensor)
                         weights[name] = kept.to(torch.float32)
@@ -165,6 +204,24 @@ def _weights(
                 remedy="download or copy it again",
             ) from error
     return weights, shapes
+
+
+def _refuse_quantised(settings: dict[str, Any], folder: Path) -> None:
+    for field in ("quantization_config", "compression_config"):
+        if found := settings.get(field):
+            named = found.get("quant_method") if isinstance(found, dict) else None
+            method = named or json.dumps(found)
+            raise _quantised(f"{folder}/config.json says its weights are quantised by {method}")
+    for name in _QUANTISED:
+        if (folder / name).exists():
+            raise _quantised(f"{folder}/{name} says its weights are quantised")
+
+
+def _quantised(problem: str) -> UsageError:
+    return UsageError(
+        f"{problem}, which is not read",
+        remedy="take the model's unquantised weights (and --quantize int8), or a GGUF file of it",
+    )
 
 
 def _eos_ids(settings: dict[str, Any], folder: Path) -> frozenset[int]:
