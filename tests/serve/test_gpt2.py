@@ -80,7 +80,7 @@ def write_gguf(model: Any, path: Path, kind: Kind) -> None:
     writer.close()
 
 
-@pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0])
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0, Kind.Q5_0])
 def test_from_gguf(kind: Kind, tmp_path: Path) -> None:
     path = tmp_path / "gpt2.gguf"
     made = random_gpt2()
@@ -90,7 +90,9 @@ def test_from_gguf(kind: Kind, tmp_path: Path) -> None:
     ).eval()
     model = weights.load(path)
     kept = weights.load(path, keep_blocks=True).weights
-    assert isinstance(kept["layers.1.self_attn.k_proj.weight"], Grouped) == (kind == Kind.Q8_0)
+    name = "layers.1.self_attn.k_proj.weight"
+    assert isinstance(kept[name], Grouped) == (kind == Kind.Q8_0)
+    assert (name in model.finer) == (kind != Kind.F32)
     for name, weight in model.weights.items():
         assert torch.equal(dense(kept[name]), dense(weight)), name
     engine, _ = build(model, SETTINGS)

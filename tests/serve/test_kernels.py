@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from toolkit.serve.model.kernels import build
 from toolkit.serve.model.kernels.library import Library, Team, library, load
 from toolkit.serve.model.kernels.packed import pack
 from toolkit.serve.model.linear import product
-from toolkit.serve.model.loaded import expected
+from toolkit.serve.model.loaded import LoadedModel, expected
 from toolkit.serve.model.native import NativeDecoder
 from toolkit.serve.model.quantisation import MODES, Mode, converted
 from toolkit.serve.request import Phase, Request, SamplingParams
@@ -184,6 +185,26 @@ def test_logits_do_not_depend_on_company(
         found = run(decoder, [7, 13, 1, 40, 29], 5)
         for row, after in zip(found, (7, 20, 21, 61, 90), strict=True):
             assert torch.equal(row, alone[after - 1])
+
+
+@pytest.mark.parametrize("finer", ["v_proj", "gate_proj", "down_proj"])
+def test_a_file_that_mixes_bits(kernels: Library, finer: str) -> None:
+    """As Q4_K_M does: what is finer than 4 bits has 8, and whatever one product reads with it."""
+    weights = tiny_weights("none")
+    exact = {name: dense(weight).clone() for name, weight in weights.items()}
+    model = LoadedModel(
+        TINY, weights, frozenset(), frozenset(name for name in exact if finer in name)
+    )
+    decoder = quantisation.make_decoder(model, "int4")
+    assert isinstance(decoder, NativeDecoder)
+    held = Counter(matrix.format.name for matrix in decoder._matrices)
+    # The head and, of each layer, the one product that `finer` is in.
+    assert held == {"INT8": 1 + TINY.num_layers, "INT4": 3 * TINY.num_layers}
+    mixed = {
+        name: converted(name, weight, "int4", finer=finer in name) for name, weight in exact.items()
+    }
+    near = (run(decoder, [90], 0) - run(Decoder(TINY, mixed), [90], 0)).abs().max()
+    assert near < 0.2
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_GPT2], ids=["llama", "gpt2"])

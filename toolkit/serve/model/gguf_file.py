@@ -16,6 +16,8 @@ from toolkit.serve.model.loaded import LoadedModel, check, rows_of, split
 from toolkit.serve.model.part import Part
 
 _ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3")
+# Bits a weight, with its share of the scales, of the largest type of 4 bits and of a float.
+_FOUR_BITS, _HALF = 5, 16
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_qkv": "self_attn.qkv_proj",
@@ -75,14 +77,18 @@ def load(path: Path, part: Part | None = None, *, keep_blocks: bool = False) -> 
         check(config, shapes, path)
         computed = config if part is None else part.config(config)
         weights: dict[str, Weight] = {}
+        finer: set[str] = set()
         for old, into in parts.items():
             stored = _weight(gguf, tensors[old], keep_blocks)
+            block, block_bytes = gguf.GGML_QUANT_SIZES[tensors[old].tensor_type]
+            if _FOUR_BITS < 8 * block_bytes / block < _HALF and not isinstance(stored, Grouped):
+                finer.update(into)
             for new, rows in into.items():
                 whole = _arranged(new, rows_of(stored, rows), config)
                 weights[new] = whole if part is None else part.of(new, dense(whole))
         if part is not None:
             weights |= part.head(config, weights)
-        return LoadedModel(computed, weights, _eos_ids(fields))
+        return LoadedModel(computed, weights, _eos_ids(fields), frozenset(finer))
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
         # The reader has no error of its own: a torn file shows as whatever numpy makes of it.
         raise FormatError(

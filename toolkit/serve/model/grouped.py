@@ -60,10 +60,25 @@ def dense(weight: Weight) -> torch.Tensor:
     return weight.dequantised() if isinstance(weight, Grouped) else weight
 
 
+def alike(weights: Sequence[Weight]) -> list[Weight]:
+    """Return matrices that one product reads: grouped ones at the most bits that any of them has.
+
+    A file such as Q4_K_M holds a layer's values finer than its queries and keys.
+    """
+    bits = {weight.bits for weight in weights if isinstance(weight, Grouped)}
+    return [
+        quantise(weight.dequantised(), max(bits))
+        if isinstance(weight, Grouped) and weight.bits < max(bits)
+        else weight
+        for weight in weights
+    ]
+
+
 def joined(weights: Sequence[Weight]) -> Weight:
-    """Stack matrices that read the same input; grouped if all are, at the same bits."""
+    """Stack matrices that read the same input; grouped if all are."""
+    weights = alike(weights)
     grouped = [weight for weight in weights if isinstance(weight, Grouped)]
-    if len(grouped) < len(weights) or len({weight.bits for weight in grouped}) > 1:
+    if len(grouped) < len(weights):
         return torch.cat([dense(weight) for weight in weights])
     minima = [weight.minima for weight in grouped if weight.minima is not None]
     return Grouped(

@@ -10,16 +10,20 @@ import torch
 
 from toolkit.errors import FormatError
 from toolkit.serve.model.config import DecoderConfig
-from toolkit.serve.model.grouped import Grouped, Weight, dense, joined
+from toolkit.serve.model.grouped import Grouped, Weight, alike, dense, joined
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What a model's file says: shape, weights (named as in `expected`), tokens that end a text."""
+    """What a model's file says: shape, weights (named as in `expected`), tokens that end a text.
+
+    `finer` names weights that are float32 here and in the file have more than 4 bits and no float.
+    """
 
     config: DecoderConfig
     weights: dict[str, Weight]
     eos_ids: frozenset[int]
+    finer: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,10 @@ def take_layer(weights: MutableMapping[str, Weight], prefix: str) -> LayerWeight
 
     qkv = [f"{prefix}self_attn.{name}_proj" for name in "qkv"]
     biased = f"{qkv[0]}.bias" in weights
+    gate = weights.pop(f"{prefix}mlp.gate_proj.weight", None)
+    up = weights.pop(f"{prefix}mlp.up_proj.weight")
+    if gate is not None:
+        gate, up = alike([gate, up])
     return LayerWeights(
         attention_norm=take_norm(weights, f"{prefix}input_layernorm"),
         qkv=joined([weights.pop(f"{name}.weight") for name in qkv]),
@@ -75,8 +83,8 @@ def take_layer(weights: MutableMapping[str, Weight], prefix: str) -> LayerWeight
         output=weights.pop(f"{prefix}self_attn.o_proj.weight"),
         output_bias=vector("self_attn.o_proj.bias"),
         ffn_norm=take_norm(weights, f"{prefix}post_attention_layernorm"),
-        gate=weights.pop(f"{prefix}mlp.gate_proj.weight", None),
-        up=weights.pop(f"{prefix}mlp.up_proj.weight"),
+        gate=gate,
+        up=up,
         up_bias=vector("mlp.up_proj.bias"),
         down=weights.pop(f"{prefix}mlp.down_proj.weight"),
         down_bias=vector("mlp.down_proj.bias"),

@@ -108,17 +108,17 @@ def _seconds(kernels: Library, team: Team, mode: Mode) -> float:
     return total
 
 
-def converted(name: str, weight: Weight, mode: Mode) -> Weight:
+def converted(name: str, weight: Weight, mode: Mode, *, finer: bool = False) -> Weight:
     """Return one weight in the format that `mode` holds it in.
 
     "none" is float32. "int8" and "int4" take the file's own groups where it has them at these
-    bits; "int4" keeps 8 bits where the file has 8, and for the vocabulary.
+    bits; "int4" has 8 bits where the file has 8 or is `finer` than 4, and for the vocabulary.
     """
     if len(weight.shape) < 2 or name == _POSITIONS or mode == "none":
         return dense(weight)
     if isinstance(weight, Grouped) and weight.bits in ((8,) if mode == "int8" else (4, 8)):
         return weight
-    return quantise(dense(weight), 8 if mode == "int8" or name in _VOCABULARY else 4)
+    return quantise(dense(weight), 8 if mode == "int8" or finer or name in _VOCABULARY else 4)
 
 
 def kv_dtype(mode: Mode) -> torch.dtype:
@@ -132,7 +132,8 @@ def make_decoder(model: LoadedModel, mode: Mode) -> Decoder | NativeDecoder:
     The kernels' where they can be built, else, with a warning, torch's.
     """
     for name in list(model.weights):
-        model.weights[name] = converted(name, model.weights[name], mode)
+        weight = model.weights[name]
+        model.weights[name] = converted(name, weight, mode, finer=name in model.finer)
     try:
         return NativeDecoder(model.config, model.weights, kv_dtype=kv_dtype(mode))
     except ToolkitError as error:
