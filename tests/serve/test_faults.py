@@ -74,16 +74,19 @@ def test_an_engine_that_dies_is_told_and_replaced(start: Start) -> None:
     assert served.metric("vllm:kv_cache_usage_perc") == 0
 
 
-def test_an_engine_that_dies_again_and_again_stays_down(start: Start) -> None:
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_dies_again_and_again_ends_the_server(start: Start) -> None:
     served = start()
     served.executor.faults += ["fault"] * 4
-    for _ in range(4):
+    for number in range(4):
+        assert served.thread.is_alive(), f"it ended after {number} faults"
         with pytest.raises(openai.InternalServerError, match="fault"):
             served.ask()
-    health = httpx.get(f"{served.url}/health")
-    assert (health.status_code, health.json()["reason"]) == (503, "the engine is not running")
-    with pytest.raises(openai.InternalServerError, match="the engine has died"):
-        served.ask()
+    served.thread.join(30)
+    assert not served.thread.is_alive()
+    assert "4 faults within 10 minutes, the last: the engine has died: RuntimeError: fault" in str(
+        served.service.lost
+    )
 
 
 def test_an_engine_that_hangs_is_given_up(start: Start) -> None:

@@ -108,6 +108,13 @@ def test_models(served: Any) -> None:
         ({"n": 99}, "n:"),
         ({"prompt": []}, "prompt"),
         ({"prompt": ""}, "prompt"),
+        (
+            {"prompt": 5},
+            "prompt: it should be a string, a list of integers, a list of strings "
+            "or a list of lists of integers",
+        ),
+        ({"prompt": ["a", 5]}, "prompt: it should be a string, a list"),
+        ({"stop": 5}, "stop: it should be a string or a list of strings"),
         ({"prompt": [10**6]}, "not in the vocabulary of 49152"),
         ({"prompt": "word " * 5000}, "tokens and the context is"),
         ({"logprobs": 21}, "logprobs"),

@@ -108,7 +108,8 @@ class Worker:
             self._stopping = True
             self._wake.notify()
         if self._thread.is_alive():
-            self._thread.join(timeout_s)
+            # One that was given up may never end.
+            self._thread.join(timeout_s if self._error is None else 1.0)
 
     def _run(self) -> None:
         try:

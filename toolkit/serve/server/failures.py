@@ -12,6 +12,14 @@ from toolkit.serve.queue import QueueFullError
 from toolkit.serve.request import TooLongError
 from toolkit.serve.worker import EngineDeadError
 
+# Of a field that may be of several types: how pydantic names each, and how people do.
+_KINDS = {
+    "str": "a string",
+    "list[int]": "a list of integers",
+    "list[str]": "a list of strings",
+    "list[list[int]]": "a list of lists of integers",
+    "list[ContentPart]": "a list of content parts",
+}
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -60,12 +68,22 @@ def of_toolkit(error: ToolkitError, *, retry_after_s: int = 1) -> JSONResponse:
 
 def of_validation(error: RequestValidationError) -> JSONResponse:
     """Return the response to a body that is not what the route takes: its first problem."""
-    first = error.errors()[0]
+    problems = error.errors()
+    first = problems[0]
     context = first.get("ctx") or {}
     if first["type"] == "json_invalid":
         problem = f"the body is not valid JSON: {context.get('error', first['msg'])}"
         return respond(400, problem, code="json_invalid")
     location = [str(part) for part in first["loc"] if part != "body"]
+    at = next((i for i, part in enumerate(first["loc"]) if part in _KINDS), None)
+    if at is not None:
+        # No type fits, and each has said so: what all of them are says more than the first's word.
+        field = first["loc"][:at]
+        tried = [p["loc"][at] for p in problems if p["loc"][:at] == field and len(p["loc"]) > at]
+        kinds = [_KINDS[kind] for kind in dict.fromkeys(tried) if kind in _KINDS]
+        param = ".".join(str(part) for part in field if part != "body")
+        wanted = " or ".join(filter(None, (", ".join(kinds[:-1]), kinds[-1])))
+        return respond(400, f"{param}: it should be {wanted}", param=param, code="invalid_type")
     param = context.get("field") or ".".join(location) or None
     message = first["msg"].removeprefix("Value error, ")
     if param and "field" not in context:

@@ -1,8 +1,10 @@
-"""Run the server on a socket, say when it is ready, and drain it on SIGTERM."""
+"""Run the server on a socket, say when it is ready, drain it on SIGTERM or when it is lost."""
 
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -35,6 +37,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._service = service
+        service.on_lost = self._leave
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -42,10 +45,23 @@ class Server(uvicorn.Server):
         if self.started and self._on_ready is not None:
             self._on_ready()
 
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until told to end. Raises EngineDeadError where no engine stays up."""
+        super().run(sockets)
+        if self._service.lost is not None:
+            raise self._service.lost
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig == signal.SIGINT and self.should_exit:
+            # Asked twice: at once. Other processes of ours end with their pipes.
+            os._exit(128 + sig)
         # What runs is finished, what comes on open connections is refused, new ones are not made.
         self._service.draining = True
         super().handle_exit(sig, frame)
+
+    def _leave(self) -> None:
+        # Whoever waits has been told why; a supervisor starts another process.
+        self.should_exit = True
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -113,6 +113,9 @@ class Service:
         self.live = Live()
         self.tool_format = tool_format or format_of(tokenizer.chat_template)
         self.draining = False
+        # Why no engine is started again, and who is to hear of it: the process is of no more use.
+        self.lost: EngineDeadError | None = None
+        self.on_lost: Callable[[], None] = lambda: None
         self._patience = patience or Patience()
         self._calls: dict[str, Call] = {}
         self._restarts_s: deque[float] = deque(maxlen=_MOST_RESTARTS)
@@ -231,16 +234,24 @@ class Service:
 
         A hung thread cannot be ended: it keeps its old cache until its step returns, if ever.
         """
-        if worker is not self._worker:
+        if worker is not self._worker or self.lost is not None:
             return
         worker.abandon(error)
         for call in set(self._calls.values()):
             call.tell(error)
         self._calls.clear()
         now = time.monotonic()
-        often = len(self._restarts_s) == _MOST_RESTARTS
-        if self.draining or (often and now - self._restarts_s[0] < _RESTART_WINDOW_S):
+        if self.draining:
             logger.error("the engine stays down: %s", error)
+            return
+        often = len(self._restarts_s) == _MOST_RESTARTS
+        if often and now - self._restarts_s[0] < _RESTART_WINDOW_S:
+            self.lost = EngineDeadError(
+                f"{_MOST_RESTARTS + 1} faults within {_RESTART_WINDOW_S / 60:.0f} minutes, the "
+                f"last: {error}",
+                remedy="start the server again; the log has every fault",
+            )
+            self.on_lost()
             return
         self._restarts_s.append(now)
         logger.warning("starting the engine again: %s", error)
