@@ -16,6 +16,7 @@ class _JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        line |= getattr(record, "fields", {})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)
@@ -24,6 +25,15 @@ class _JsonFormatter(logging.Formatter):
 def get_logger(name: str) -> logging.Logger:
     """Return the logger for a module (pass `__name__`)."""
     return logging.getLogger(name)
+
+
+def event(logger: logging.Logger, what: str, **fields: object) -> None:
+    """Log that something happened: as text `what key=value ...`, as JSON with keys of its own.
+
+    A value of None is left out of the text.
+    """
+    told = " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
+    logger.info("%s %s", what, told, extra={"fields": {"message": what, **fields}})
 
 
 def setup(*, verbose: bool = False, as_json: bool | None = None) -> None:

@@ -48,6 +48,18 @@ def test_json_is_one_object_a_line_with_the_exception(capsys, monkeypatch):
     assert written["time"].startswith("2")
 
 
+def test_an_event_has_fields(capsys, monkeypatch):
+    logger = log.get_logger("toolkit.serve")
+    log.setup(verbose=True, as_json=False)
+    log.event(logger, "request", status=200, id=None, total_ms=1.5)
+    assert capsys.readouterr().err == "INFO toolkit.serve: request status=200 total_ms=1.5\n"
+    log.setup(verbose=True, as_json=True)
+    log.event(logger, "request", status=200, id=None, total_ms=1.5)
+    written = json.loads(capsys.readouterr().err)
+    told = {"message": "request", "status": 200, "id": None, "total_ms": 1.5}
+    assert told.items() <= written.items()
+
+
 def test_other_libraries_keep_their_own_logging(capsys):
     log.setup(verbose=True)
     assert logging.getLogger().handlers != logging.getLogger("toolkit").handlers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,36 @@ def test_keys(start: Start) -> None:
     for path, status in (("/health", 200), ("/metrics", 200), ("/", 200), ("/timeline", 401)):
         assert httpx.get(f"{served.url}{path}").status_code == status
     assert httpx.post(f"{served.url}/tokenize", json={"prompt": "a"}).status_code == 401
+
+
+def test_a_line_for_each_request(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    door = Doorkeeping(log_requests=True, api_keys=("none",))
+    served = start(door=door)
+    # What log.setup keeps from the root, another test may have.
+    logger = logging.getLogger("toolkit.serve.server.request_log")
+    logger.addHandler(caplog.handler)
+    try:
+        whole = served.ask(prompt=["a b", "c"], n=2, temperature=1.0)
+        streamed = list(served.ask(stream=True))
+        embedded = served.client.embeddings.create(model="tiny", input="Hello there")
+        with pytest.raises(openai.BadRequestError):
+            served.ask(prompt=5)
+        httpx.post(f"{served.url}/v1/completions", json={})
+        httpx.get(f"{served.url}/health")
+        served.until(lambda: len(caplog.records) == 5)
+    finally:
+        logger.removeHandler(caplog.handler)
+    found = [record.fields for record in caplog.records]  # type: ignore[attr-defined]
+    assert [line["status"] for line in found] == [200, 200, 200, 400, 401]
+    assert [line["id"] for line in found[:2]] == [whole.id, streamed[0].id]
+    assert found[0]["prompt_tokens"] == whole.usage.prompt_tokens
+    assert found[0]["output_tokens"] == whole.usage.completion_tokens
+    assert [line["finish"] for line in found[:3]] == ["length"] * 3
+    assert 0 < found[0]["ttft_ms"] <= found[0]["total_ms"]
+    assert found[2]["prompt_tokens"] == embedded.usage.prompt_tokens
+    assert (found[2]["endpoint"], found[2]["output_tokens"]) == ("/v1/embeddings", 0)
+    assert "Hello there" not in caplog.text
+    assert f"request id={whole.id} endpoint=/v1/completions status=200" in caplog.text
 
 
 def test_pages_of_other_origins(start: Start) -> None:

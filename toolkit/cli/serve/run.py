@@ -66,6 +66,9 @@ def run(
         list[str] | None,
         typer.Option(help="A page that may ask from a browser, or *; repeatable."),
     ] = None,
+    log_requests: Annotated[
+        bool, typer.Option(help="Log a line for each request: tokens and times, no text.")
+    ] = False,
     tool_format: Annotated[
         str, typer.Option(help="How the model writes tool calls: auto, hermes or llama3_json.")
     ] = "auto",
@@ -115,6 +118,7 @@ def run(
         tuple(key.strip() for key in keys if key.strip()),
         parse_bytes(max_body),
         tuple(cors_origin or ()),
+        log_requests,
     )
     drain_s, replace_s = parse_seconds(drain), parse_seconds(step_timeout)
     listener = server.bind(host, port)

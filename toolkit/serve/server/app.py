@@ -19,6 +19,7 @@ import toolkit
 from toolkit.errors import ToolkitError
 from toolkit.serve.server import failures, generation, inspection
 from toolkit.serve.server.gate import Gate
+from toolkit.serve.server.request_log import RequestLog
 from toolkit.serve.server.service import Service
 
 
@@ -26,12 +27,13 @@ from toolkit.serve.server.service import Service
 class Doorkeeping:
     """Who is let in: `api_keys` (none: everyone), and how large a body may be.
 
-    Pages of `origins` ("*": of any) may ask from a browser.
+    Pages of `origins` ("*": of any) may ask from a browser. `log_requests`: a line for each.
     """
 
     api_keys: Sequence[str] = ()
     max_body_bytes: int = 8 * 2**20
     origins: Sequence[str] = ()
+    log_requests: bool = False
 
 
 def create(service: Service, door: Doorkeeping | None = None) -> FastAPI:
@@ -56,6 +58,8 @@ def create(service: Service, door: Doorkeeping | None = None) -> FastAPI:
         max_body_bytes=door.max_body_bytes,
         on_status=service.metrics.answered,
     )
+    if door.log_requests:
+        app.add_middleware(RequestLog, clock=service.engine.clock)
     if door.origins:
         # Outside the gate: a browser first asks without a key whether it may send one.
         app.add_middleware(

@@ -20,8 +20,8 @@ from toolkit.serve.server.chat import ChatRequest
 from toolkit.serve.server.documents import Completed, Embeddings, errors, stream
 from toolkit.serve.server.logprobs import Writer
 from toolkit.serve.server.protocol import Body, CompletionRequest
-from toolkit.serve.server.responses import CHAT, COMPLETION, Answer, Choice
-from toolkit.serve.server.service import Ask, Service
+from toolkit.serve.server.responses import CHAT, COMPLETION, Answer, Choice, Shape
+from toolkit.serve.server.service import Ask, Call, Service
 from toolkit.serve.server.texts import EmbeddingRequest
 from toolkit.serve.server.tool_calls import FORMATS, ArgumentsReader, CallReader, ListReader
 
@@ -45,8 +45,8 @@ def router(service: Service) -> APIRouter:
             writer = Writer(service.tokenizer, chat=False)
             return Choice(index, writer, echo=echo[index // body.num_choices], shows_output=shown)
 
-        call = await service.open(_ask(body, prompts))
-        answer = Answer(COMPLETION, service.model_name, call, len(prompts), choice, shown)
+        call = await _open(service, request, _ask(body, prompts, COMPLETION))
+        answer = Answer(COMPLETION, service.model_name, call, choice, shown)
         return await _send(answer, body, request)
 
     @routes.post("/v1/chat/completions", responses=stream(Completed))
@@ -65,8 +65,8 @@ def router(service: Service) -> APIRouter:
             writer = Writer(service.tokenizer, chat=True)
             return Choice(index, writer, reader=_reader(service, body))
 
-        call = await service.open(_ask(body, [prompt]))
-        return await _send(Answer(CHAT, service.model_name, call, 1, choice), body, request)
+        call = await _open(service, request, _ask(body, [prompt], CHAT))
+        return await _send(Answer(CHAT, service.model_name, call, choice), body, request)
 
     @routes.post("/v1/embeddings", response_model=Embeddings)
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
@@ -75,7 +75,8 @@ def router(service: Service) -> APIRouter:
             return refusal
         prompts = await asyncio.to_thread(_encoded, service, body.inputs())
         once = SamplingParams(max_tokens=1)
-        call = await service.open(Ask(prompts, lambda _: once, pooled=True))
+        ask = Ask(prompts, lambda _: once, pooled=True, prefix="embd")
+        call = await _open(service, request, ask)
         async with call:
             vectors: list[list[float]] = [[] for _ in prompts]
             gone = asyncio.create_task(_disconnected(request))
@@ -91,8 +92,22 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def _ask(body: Body, prompts: Sequence[Sequence[int]]) -> Ask:
-    return Ask(prompts, body.sampling, body.num_choices, body.priority or 0, body.cache_salt or "")
+def _ask(body: Body, prompts: Sequence[Sequence[int]], shape: Shape) -> Ask:
+    return Ask(
+        prompts,
+        body.sampling,
+        body.num_choices,
+        body.priority or 0,
+        body.cache_salt or "",
+        prefix=shape.prefix,
+    )
+
+
+async def _open(service: Service, request: Request, ask: Ask) -> Call:
+    """Submit what is asked for, and leave it with the HTTP request for its log."""
+    call: Call = await service.open(ask)
+    request.state.call = call
+    return call
 
 
 def _encoded(service: Service, prompts: Sequence[str | list[int]]) -> list[list[int]]:

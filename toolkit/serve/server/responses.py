@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,17 +98,15 @@ class Choice:
 class Answer:
     """One HTTP request being answered; whoever sends it enters and leaves `call`.
 
-    `choice(i)` makes the i-th choice; there are `num_prompts` times as many as asked of each.
+    `choice(i)` makes the i-th choice.
     """
 
     shape: Shape
     model: str
     call: Call
-    num_prompts: int
     choice: Callable[[int], Choice]
     shows_output: bool = True
     created: int = field(default_factory=lambda: int(time.time()))
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     async def whole(self) -> dict[str, Any]:
         """Wait for every choice, then return the response's body."""
@@ -184,7 +181,7 @@ class Answer:
 
     def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "id": f"{self.shape.prefix}-{self.id}",
+            "id": self.call.id,
             "object": kind,
             "created": self.created,
             "model": self.model,
@@ -193,8 +190,7 @@ class Answer:
 
     def _usage(self) -> dict[str, Any]:
         """Return token counts; a prompt counts once however many choices it has."""
-        requests = self.call.requests
-        firsts = requests[:: len(requests) // self.num_prompts]
+        requests, firsts = self.call.requests, self.call.firsts
         prompt = sum(len(request.prompt_ids) for request in firsts)
         completion = sum(len(request.output_ids) for request in requests) * self.shows_output
         return {

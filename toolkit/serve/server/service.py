@@ -42,7 +42,8 @@ class Patience:
 class Ask:
     """What one HTTP request wants generated: `num` choices of each prompt.
 
-    `sampling(i)` says how the i-th choice is drawn. `pooled` asks for embeddings instead.
+    `sampling(i)` says how the i-th choice is drawn. `pooled` asks for embeddings instead. `prefix`
+    begins the answer's id.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -51,13 +52,17 @@ class Ask:
     priority: int = 0
     cache_salt: str = ""
     pooled: bool = False
+    prefix: str = "cmpl"
 
 
 class Call:
     """The choices of one HTTP request. `async with` it: leaving aborts whatever still runs."""
 
-    def __init__(self, service: Service, requests: Sequence[Request]) -> None:
+    def __init__(self, service: Service, stem: str, requests: Sequence[Request], num: int) -> None:
+        """`stem` is the answer's id; `num` requests after another have the same prompt."""
+        self.id = stem
         self.requests = tuple(requests)
+        self.firsts = self.requests[::num]
         self._service = service
         self._news: asyncio.Queue[Output | EngineDeadError] = asyncio.Queue()
         self._index = {request.id: i for i, request in enumerate(requests)}
@@ -158,7 +163,7 @@ class Service:
 
         Raises UsageError, QueueFullError or EngineDeadError, and then nothing was submitted.
         """
-        stem = uuid.uuid4().hex
+        stem = f"{ask.prefix}-{uuid.uuid4().hex}"
         submissions: list[Submission] = []
         for prompt in ask.prompts:
             for choice in range(ask.num):
@@ -179,7 +184,7 @@ class Service:
                     request.grammar = matcher
                 stream = self.tokenizer.stream(request.prompt_ids, params)
                 submissions.append(Submission(request, stream))
-        call = Call(self, [submission.request for submission in submissions])
+        call = Call(self, stem, [submission.request for submission in submissions], ask.num)
         self._worker.submit(submissions)
         self._calls.update((request.id, call) for request in call.requests)
         return call
