@@ -74,7 +74,8 @@ def check_supported(
     """Raise UsageError where a field has another value than those that are computed here."""
     for name, values in supported.items():
         if name in settings and settings[name] not in values:
+            known = " or ".join(repr(value) for value in values if value is not None)
             raise UsageError(
                 f"{where} sets {name} to {settings[name]!r}, which is not supported",
-                remedy=f"served is {' or '.join(map(repr, values))}: take another model",
+                remedy=f"served is {known or 'a model without it'}: this one needs another engine",
             )

@@ -38,11 +38,9 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "logit_scale": _ONE,
     "attention_chunk_size": _UNSET,
     "clip_qkv": _UNSET,
-    "qk_layernorm": _NO,
-    "use_qk_norm": _NO,
+    "rope_interleaved": _NO,
     "is_causal": (True, None),
     "use_bidirectional_attention": _NO,
-    "num_local_experts": (0, None),
 }
 # Files in which older tools say what `quantization_config` says.
 _QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
