@@ -81,9 +81,9 @@ def of_validation(error: RequestValidationError) -> JSONResponse:
         field = first["loc"][:at]
         tried = [p["loc"][at] for p in problems if p["loc"][:at] == field and len(p["loc"]) > at]
         kinds = [_KINDS[kind] for kind in dict.fromkeys(tried) if kind in _KINDS]
-        param = ".".join(str(part) for part in field if part != "body")
+        name = ".".join(str(part) for part in field if part != "body")
         wanted = " or ".join(filter(None, (", ".join(kinds[:-1]), kinds[-1])))
-        return respond(400, f"{param}: it should be {wanted}", param=param, code="invalid_type")
+        return respond(400, f"{name}: it should be {wanted}", param=name, code="invalid_type")
     param = context.get("field") or ".".join(location) or None
     message = first["msg"].removeprefix("Value error, ")
     if param and "field" not in context:
