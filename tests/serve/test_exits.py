@@ -14,8 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import pytest
 
 from toolkit.hardware.affinity import thread_environment
+
+# Each starts a process that loads a model.
+pytestmark = pytest.mark.slow
 
 # The command line, with an executor that does something else.
 COMMAND = """
