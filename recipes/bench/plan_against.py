@@ -4,8 +4,9 @@
     python recipes/bench/plan_against.py --model gpt --rounds 5 -o against-gpt.json
 
 Contenders: accelerate with DDP; FSDP2 by hand; torch's 1F1B by hand; and the plan that
-`toolkit plan search` finds under the same memory cap. Every hand-written one is tuned first: over
-gradient accumulation, microbatches and recomputation, its fastest variant within the cap. All train
+`toolkit plan search --measure 4` finds under the same memory cap. Every one is tuned first by
+running it: the searched one among the fastest four, the hand-written ones over gradient
+accumulation, microbatches and recomputation, the fastest variant within the cap. All train
 the same model from the same weights on the same batch with AdamW in float32, and each run is a
 fresh pair of processes. Rounds alternate the order; what is compared is the ratio within a round.
 """
@@ -309,6 +310,12 @@ def main() -> None:
     parser.add_argument("--memory", help="the cap on what a rank holds, e.g. 1GiB")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--contenders", nargs="+", default=["ddp", "fsdp2", "1f1b"])
+    parser.add_argument(
+        "--measure",
+        type=int,
+        default=4,
+        help="how many of the search's plans are timed, as variants are; 0: none",
+    )
     parser.add_argument("--plan", type=Path, help="compare this plan instead of searching one")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
@@ -316,6 +323,7 @@ def main() -> None:
     search = [ref, "--cluster", f"cpux{_RANKS}"]
     search += ["--batch", str(options.batch)] if options.batch else []
     search += ["--memory", options.memory] if options.memory else []
+    search += ["--measure", str(options.measure)] if options.measure else []
     folder = Path(tempfile.mkdtemp(prefix="toolkit-against-"))
     path = options.plan or folder / "searched.json"
     if options.plan is None:

@@ -6,8 +6,7 @@ import pytest
 
 from toolkit.errors import InfeasibleError
 from toolkit.hardware import find_cluster
-from toolkit.plan import library, planner, predict, subject
-from toolkit.plan.predict import costs
+from toolkit.plan import flops, library, planner, predict, subject
 
 
 def traffic(plan) -> dict[tuple[int, str], int]:
@@ -50,8 +49,8 @@ def test_model_flops_are_three_times_forward_less_the_first_input(tiny) -> None:
         2 * tiny.graph.tensors[op.inputs[0]].numel * tiny.graph.tensors[op.inputs[1]].shape[0]
         for op in linears
     )
-    assert costs.model_flops(tiny.graph) > 3 * forward
-    attention = costs.model_flops(tiny.graph) - 3 * forward
+    assert flops.model_flops(tiny.graph) > 3 * forward
+    attention = flops.model_flops(tiny.graph) - 3 * forward
     assert attention < 0.2 * forward
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from toolkit.errors import InfeasibleError, UsageError, unknown_name
 from toolkit.hardware import Cluster
 from toolkit.ir.graph import OpGraph
-from toolkit.plan import chain
+from toolkit.plan import chain, flops
 from toolkit.plan.plan import Plan, Provenance
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -32,6 +32,11 @@ class Subject:
     @cached_property
     def blocks(self) -> tuple[str, ...]:
         return chain.blocks(self.graph)
+
+    @cached_property
+    def model_flops(self) -> float:
+        """FLOPs of a step of the whole batch."""
+        return flops.model_flops(self.graph)
 
     def provenance(self, cluster: Cluster) -> Provenance:
         sizes = {name: size for name, size in self.graph.sizes.items() if name != "context"}

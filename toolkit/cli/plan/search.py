@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from toolkit.units import format_bytes, format_count, format_seconds, parse_byte
 
 if TYPE_CHECKING:
     from toolkit.plan.search.found import Found
+    from toolkit.plan.search.measured import Timed
 
 
 def search(
@@ -44,6 +46,10 @@ def search(
         Path | None, typer.Option(help="A .toml or .json file of what is ruled out or asked for.")
     ] = None,
     calibration: again.CalibrationFile = None,
+    measure: Annotated[
+        int | None,
+        typer.Option(min=2, help="Time so many of the fastest on this machine; keep the fastest."),
+    ] = None,
     timeline: Annotated[
         Path | None, typer.Option(help="Also write the predicted step as a timeline.")
     ] = None,
@@ -52,19 +58,25 @@ def search(
     """Search the plan with the shortest predicted step that fits, over everything that can vary.
 
     Meshes, microbatches, schedules, stages, sharding, recomputation, offload, and how each operator
-    is split. Nothing is run. When nothing fits, exits with 3 and says what came nearest.
+    is split. Nothing is run, but with --measure. When nothing fits, exits with 3 and says what came
+    nearest.
 
     Example: toolkit plan search gpt-tiny --cluster cpux2 --batch 16 -o plan.json
     """
     from toolkit.hardware import find_cluster
     from toolkit.plan import io, predict, subject
+    from toolkit.plan import measure as timing
     from toolkit.plan.search import constraints as rules
+    from toolkit.plan.search import finalists
     from toolkit.plan.search import found as searching
+    from toolkit.plan.search import measured as choosing
     from toolkit.timeline import files
 
     where = find_cluster(cluster)
     given = rules.load(constraints) if constraints else None
     measured = again.calibration(calibration)
+    if measure is not None:
+        timing.check(ranks or where.num_devices, where)
     with view.progress(quiet=as_json) as bar:
         task = bar.add_task(f"trace {model}", total=None)
         if model.endswith(".json"):
@@ -84,8 +96,16 @@ def search(
             time_limit_s=time_limit,
             constraints=given,
             calibration=measured,
+            num_finalists=max(measure or 0, finalists.FEWEST),
             progress=progress,
         )
+        timed: tuple[Timed, ...] = ()
+        if measure is not None:
+
+            def through(done: int, total: int) -> None:
+                bar.update(task, description="time the fastest", completed=done, total=total)
+
+            found, timed = choosing.fastest(found, measure, progress=through)
     digest = io.save(found.plan, output)
     if timeline is not None:
         run = predict.simulated(found.plan, traced, where, calibration=measured)
@@ -102,7 +122,14 @@ def search(
         "search_s": found.seconds,
         "complete": found.complete,
     }
-    view.emit(facts, as_json=as_json, render=lambda: Group(*_found(found, output)))
+    if timed:
+        facts["measured"] = [
+            {**_candidate(one.finalist.candidate), "predicted_s": one.finalist.predicted_s,
+             "measured_s": one.measured.step_s, "relative": one.measured.relative,
+             "rounds_s": one.measured.rounds_s, "refused": one.measured.refused}
+            for one in timed
+        ]  # fmt: skip
+    view.emit(facts, as_json=as_json, render=lambda: Group(*_found(found, timed, output)))
 
 
 def _candidate(one: Any) -> dict[str, Any]:
@@ -113,7 +140,7 @@ def _candidate(one: Any) -> dict[str, Any]:
     }
 
 
-def _found(found: Found, output: Path) -> list[Any]:
+def _found(found: Found, timed: Sequence[Timed], output: Path) -> list[Any]:
     rows = [
         [one.description, format_seconds(one.step_s), format_bytes(one.peak_bytes)]
         for one in found.frontier
@@ -126,9 +153,27 @@ def _found(found: Found, output: Path) -> list[Any]:
             rows,
         ),
         "",
+        *([_timed(timed), ""] if timed else []),
         *picture.summary(found.plan),
         f"bound by {found.binding}",
         f"{format_count(found.considered)} candidates considered, {format_count(found.pruned)} "
         f"meshes ruled out by bounds, in {format_seconds(found.seconds)}{ended}",
         f"wrote {output}; check it with: toolkit plan verify {output}",
     ]
+
+
+def _timed(timed: Sequence[Timed]) -> Any:
+    rows = [
+        [
+            one.finalist.candidate.description,
+            format_seconds(one.finalist.predicted_s),
+            format_seconds(one.measured.step_s) if one.measured.step_s else one.measured.refused,
+            " ".join(format_seconds(seconds) for seconds in one.measured.rounds_s),
+        ]
+        for one in timed
+    ]
+    return view.table(
+        "Timed on this machine, AdamW included: the first is the plan",
+        ["plan", "step, predicted>", "measured>", "rounds"],
+        rows,
+    )

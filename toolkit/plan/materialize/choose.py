@@ -28,6 +28,7 @@ def materialize(
     *,
     absent: Literal["refuse", "zero"] = "refuse",
     collectives: bool = False,
+    at_once: bool = False,
 ) -> Adapter:
     """Return the cheapest predicted adapter that gives every consumer its part of a tensor.
 
@@ -35,8 +36,9 @@ def materialize(
     partial sums add up to the tensor whichever way they are asked for. Elements that nobody
     produces are refused or, as in gradients, zero. With `collectives`, ranks that hold and want
     regular layouts among themselves use collectives even where sends are predicted to be quicker:
-    libraries run them better than the prices know. Raises UsageError when the producers do not make
-    the tensor, or a view is not of it.
+    libraries run them better than the prices know; with `at_once`, partial sums of the same ranks
+    are summed by one all-reduce, which the caller may put in one buffer with others. Raises
+    UsageError when the producers do not make the tensor, or a view is not of it.
     """
     for view in (*producers, *consumers):
         if view.tensor != tensor:
@@ -51,7 +53,7 @@ def materialize(
     holdings = usable(producers)
     found = None
     if held and wanted and not _in_place(holdings, consumers):
-        found = regular.way(tensor, held, wanted, prices)
+        found = regular.way(tensor, held, wanted, prices, at_once=at_once)
     many = len(producers) * len(consumers) > _MANY
     among = collectives and held is not None and wanted is not None and held.keys() == wanted.keys()
     if found is not None and held and (many or among):

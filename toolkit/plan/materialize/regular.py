@@ -75,13 +75,17 @@ def alone(shape: tuple[int, ...], held: Held) -> tuple[Ranks, Placed] | None:
     return (found[0], found[1]) if found else None
 
 
-def way(tensor: PTensor, held: Held, wanted: Held, prices: Prices) -> Path | Route | None:
+def way(
+    tensor: PTensor, held: Held, wanted: Held, prices: Prices, *, at_once: bool = False
+) -> Path | Route | None:
     """Return the cheapest way between two regular layouts, or None where either is not."""
     if set(held) == set(wanted):
         aligned = layouts.align(tensor.shape, held, wanted)
         if aligned and len(aligned[1].axes) <= MOST_AXES:
             ranks, source, target = aligned
-            return search.find(tensor.shape, tensor.item_bytes, ranks, source, target, prices)
+            return search.find(
+                tensor.shape, tensor.item_bytes, ranks, source, target, prices, at_once=at_once
+            )
     one, other = alone(tensor.shape, held), alone(tensor.shape, wanted)
     if one is None or other is None or max(len(one[1].axes), len(other[1].axes)) > MOST_AXES:
         return None

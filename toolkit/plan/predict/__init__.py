@@ -27,7 +27,7 @@ def predict(
     made = scripted(plan, subject, cluster, calibration=calibration)
     model = costs.Costs(plan, cluster)
     run = simulate.run(events.tasks(made))
-    flops = costs.model_flops(subject.graph)
+    flops = subject.model_flops
     host_bytes = memory.on_host(made)
     peak = sum(cluster.device(rank).peak(plan.provenance.dtype) for rank in range(plan.num_ranks))
     return replace(

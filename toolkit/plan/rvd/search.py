@@ -217,21 +217,25 @@ def find(
     source: Placed,
     target: Placed,
     prices: Prices,
+    *,
+    at_once: bool = False,
 ) -> Path:
     """Return the cheapest path from `source` to `target`, both on the same grid of `ranks`.
 
-    Raises UsageError for layouts that do not fit the tensor, the group or each other. Paths are
-    remembered by the group's topology, not by its ranks.
+    With `at_once`, an all-reduce that does it all is taken whatever its parts would cost: for
+    callers that put many in one buffer. Raises UsageError for layouts that do not fit the tensor,
+    the group or each other. Paths are remembered by the group's topology, not by its ranks.
     """
     for layout in (source, target):
         check(shape, ranks, layout)
     if source.axes != target.axes:
         raise UsageError(f"layouts on grids {source.axes} and {target.axes} share no axes")
-    key = (shape, item_bytes, source, target, prices, prices.topology(ranks))
+    key = (shape, item_bytes, source, target, prices, at_once, prices.topology(ranks))
     if key not in _paths:
         if len(_paths) >= MOST_KEPT:
             _paths.clear()
-        _paths[key] = _find(shape, item_bytes, ranks, source, target, prices)
+        clearly = math.inf if at_once else _CLEARLY
+        _paths[key] = _find(shape, item_bytes, ranks, source, target, prices, clearly)
     return replace(_paths[key], ranks=ranks)
 
 
@@ -242,6 +246,7 @@ def _find(
     source: Placed,
     target: Placed,
     prices: Prices,
+    clearly: float,
 ) -> Path:
     space_ = room(shape, source, target)
     price = Pricer(prices, ranks, source.axes, shape, item_bytes)
@@ -260,6 +265,6 @@ def _find(
         if step.other == target.slots and step.source == V and not target.slots[V]:
             move = space_.move(source.slots, step)
             total = sum(price.of(move) for move in moves)
-            if move.kind == "all_reduce" and price.of(move) <= _CLEARLY * total:
+            if move.kind == "all_reduce" and price.of(move) <= clearly * total:
                 moves = (move,)
     return Path(ranks, source.axes, moves, tuple(price.of(move) for move in moves))

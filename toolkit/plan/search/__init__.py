@@ -5,7 +5,8 @@
 solution), linears.py (known solutions), stack.py (all segments), rows.py (what they take),
 inter_op.py (stages), schedules.py, site.py, units.py, estimate.py and arrange.py (a candidate),
 host.py (when something is offloaded), space.py, constraints.py and frontier.py, bench.py, trial.py
-(a ground), outer.py (the loop), write.py (the plan), found.py (the result).
+(a ground), outer.py (the loop), write.py (the plan), finalists.py (the fastest, predicted in full),
+found.py (the result), measured.py (finalists timed on this machine).
 """
 
 from toolkit.plan.search.constraints import Constraints

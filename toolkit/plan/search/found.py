@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from toolkit.cost.calibration import Calibration
-from toolkit.errors import InfeasibleError, UsageError
+from toolkit.errors import InfeasibleError
 from toolkit.hardware import Cluster
 from toolkit.hardware.scaled import scaled
-from toolkit.plan import chain, planner, predict, recycling
-from toolkit.plan.library import megatron, sequence_parallel
-from toolkit.plan.plan import PIPELINED_WAYS, Placement, Plan
-from toolkit.plan.search import write
-from toolkit.plan.search.bench import MEGATRON, TOKENS, WHOLE
+from toolkit.plan import chain, predict, recycling
+from toolkit.plan.plan import PIPELINED_WAYS, Plan
 from toolkit.plan.search.constraints import Constraints
 from toolkit.plan.search.extras import Extras, Written
+from toolkit.plan.search.finalists import FEWEST, Finalist, finalists
 from toolkit.plan.search.frontier import Candidate
 from toolkit.plan.search.outer import Outer, Progress
 from toolkit.plan.search.space import Ground
@@ -25,11 +23,7 @@ from toolkit.units import format_bytes
 
 # How much more of a resource is asked about.
 _MORE = 1.1
-# The fastest few are predicted in full and ranked by that.
-_FINALISTS = 4
 _GROUNDS_AGAIN = 2
-# Operators times ranks that are predicted one by one.
-_MOST_WRITTEN = 4096
 # Of a time limit, what the search composes itself has this share; the library's plans the rest.
 _COMPOSING = 0.6
 # Without a time limit.
@@ -47,7 +41,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found. `plan` is predicted; `frontier` and `runner_up` are estimated.
+    """What a search found. `plan` is predicted, as are `finalists`, itself the first of them;
+    `frontier` and `runner_up` are estimated.
 
     `considered` candidates were estimated, `pruned` grounds left out because a bound was beaten;
     `complete` is False when time ran out. `binding` says what keeps the plan from being faster.
@@ -57,6 +52,7 @@ class Found:
     best: Candidate | Written
     frontier: tuple[Candidate | Written, ...]
     runner_up: Candidate | Written | None
+    finalists: tuple[Finalist, ...]
     considered: int
     pruned: int
     seconds: float
@@ -74,12 +70,14 @@ def search(
     time_limit_s: float | None = None,
     constraints: Constraints | None = None,
     calibration: Calibration | None = None,
+    num_finalists: int = FEWEST,
     progress: Progress = lambda _doing, _best_s: None,
 ) -> Found:
     """Return the best plan found for `subject` on `num_ranks` devices (default: all).
 
-    `progress` is told what is being looked at and the best step so far. Raises InfeasibleError
-    with the nearest candidate and what binds when nothing fits, or nothing divides.
+    So many as `num_finalists` are predicted in full. `progress` is told what is being looked at and
+    the best step so far. Raises InfeasibleError with the nearest candidate and what binds when
+    nothing fits, or nothing divides.
     """
     began = time.monotonic()
     ranks = num_ranks or cluster.num_devices
@@ -106,19 +104,21 @@ def search(
         subject, cluster, ranks, min(limit, own), rules, calibration, deadline, progress, outer
     )
     others: list[Candidate | Written] = list(extras.run())
-    plan, best, changes = _best(outer, extras, min(limit, own))
+    last, changes = _best(outer, extras, min(limit, own), num_finalists)
+    best = last[0].candidate
     if outer is not None:
         others += [*outer.frontier.fastest, *outer.frontier.members]
     others = [one for one in {id(one): one for one in others}.values() if one is not best]
     others.sort(key=lambda one: one.step_s)
     members = _members([best, *others])
     considered = [one.alternative() for one in (*others[:1], *members) if one is not best]
-    plan = replace(plan, considered=tuple(dict.fromkeys(considered)))
+    plan = replace(last[0].plan, considered=tuple(dict.fromkeys(considered)))
     return Found(
         plan=plan,
         best=best,
         frontier=members,
         runner_up=others[0] if others else None,
+        finalists=(replace(last[0], plan=plan), *last[1:]),
         considered=extras.considered + (outer.trials.considered if outer else 0),
         pruned=outer.pruned if outer else 0,
         seconds=time.monotonic() - began,
@@ -144,25 +144,26 @@ def _can_lay_out(subject: Subject) -> bool:
 
 
 def _best(
-    outer: Outer | None, extras: Extras, limit: float
-) -> tuple[Plan, Candidate | Written, tuple[Change, ...]]:
-    """Return the fastest plan as predicted. Raises InfeasibleError when there is none."""
-    written = extras.found[0] if extras.found else None
+    outer: Outer | None, extras: Extras, limit: float, count: int
+) -> tuple[list[Finalist], tuple[Change, ...]]:
+    """Return the fastest plans as predicted, the best first. Raises InfeasibleError when there is
+    none.
+    """
+    written = [Finalist(one.plan, one, one.step_s) for one in extras.found]
     if outer is None or outer.frontier.best is None:
-        if written is None:
+        if not written:
             raise _nothing(extras, limit) if outer is None else _infeasible(outer, limit)
-        return written.plan, written, ()
+        return written, ()
     try:
-        plan, best = _finalist(outer, limit)
+        last = finalists(outer, limit, count)
     except InfeasibleError:
-        if written is None:
+        if not written:
             raise
-        return written.plan, written, ()
+        return written, ()
+    best = last[0].candidate
     changes = (*_more_memory(outer, best), *_more_bandwidth(outer, best))
-    assert plan.prediction is not None
-    if written is not None and written.step_s < plan.prediction.step_s:
-        return written.plan, written, changes
-    return plan, best, changes
+    faster = [one for one in written if one.step_s < last[0].predicted_s]
+    return [*faster, *last, *written[len(faster) :]], changes
 
 
 def _members(candidates: Sequence[Candidate | Written]) -> tuple[Candidate | Written, ...]:
@@ -174,86 +175,20 @@ def _members(candidates: Sequence[Candidate | Written]) -> tuple[Candidate | Wri
     return tuple(found)
 
 
-def written(candidate: Candidate, outer: Outer) -> Plan:
-    """Return a candidate's plan, predicted in full; with the search's own estimate where operators
-    are split on more ranks than prediction writes out one by one.
-    """
-    subject, cluster = outer.subject, outer.cluster
-    made = write.plan(candidate, outer.outline, subject, cluster, _placed(candidate, subject))
-    ranks = candidate.mesh.pipeline * candidate.mesh.inner
-    if made.splits and ranks * len(subject.graph.ops) > _MOST_WRITTEN:
-        return write.estimated(made, candidate, subject, cluster)
-    try:
-        return predict.predict(made, subject, cluster, calibration=outer.calibration)
-    except UsageError:
-        if outer.constraints.runnable:
-            raise
-        # Nothing runs it, so nothing predicts it rank by rank either.
-        return write.estimated(made, candidate, subject, cluster)
-
-
-def _placed(candidate: Candidate, subject: Subject) -> tuple[Placement, ...] | None:
-    """What places modules over the tensor axis; None where operators are split one by one."""
-    if candidate.split == WHOLE:
-        return ()
-    if candidate.split not in (MEGATRON, TOKENS):
-        return None
-    split = megatron.plan(subject, candidate.stack.cluster, num_ranks=candidate.mesh.tensor)
-    tokens = sequence_parallel.placed(subject, split) if candidate.split == TOKENS else ()
-    return (*split.placements, *tokens)
-
-
-def _finalist(outer: Outer, limit: float) -> tuple[Plan, Candidate]:
-    """Predict the fastest few in full, and of the others until one fits; return the best that does.
-
-    Where operators are split, a prediction prices one that reads a tensor whole at the shape the
-    tensor is made in, a part: there the estimate is heeded, too. Raises InfeasibleError when only
-    estimates fit.
-    """
-    found: list[tuple[float, Plan, Candidate]] = []
-    frontier = outer.frontier
-    tried = {id(one): one for one in (*frontier.fastest, *frontier.members)}.values()
-    for place, candidate in enumerate(tried):
-        if place >= _FINALISTS and any(_fits(plan) for _, plan, _ in found):
-            break
-        plan = written(candidate, outer)
-        assert plan.prediction is not None
-        plan = replace(plan, prediction=replace(plan.prediction, memory_limit_bytes=int(limit)))
-        assert plan.prediction is not None
-        step_s = plan.prediction.step_s
-        if candidate.split != WHOLE:
-            step_s = max(step_s, candidate.step_s)
-        found.append((step_s, plan, candidate))
-    fitting = [one for one in found if _fits(one[1])]
-    if not fitting:
-        planner.check_memory(min(found, key=lambda one: _peak_bytes(one[1]))[1])
-    _, plan, best = min(fitting, key=lambda one: one[0])
-    return plan, best
-
-
-def _fits(plan: Plan) -> bool:
-    return plan.prediction is not None and plan.prediction.fits
-
-
-def _peak_bytes(plan: Plan) -> int:
-    assert plan.prediction is not None
-    return plan.prediction.peak_bytes
-
-
-def _more_memory(outer: Outer, best: Candidate) -> tuple[Change, ...]:
+def _more_memory(outer: Outer, best: Candidate | Written) -> tuple[Change, ...]:
     """The grounds of the fastest few again, with more memory on every device."""
     cluster = scaled(outer.cluster, memory=_MORE)
     more = _again(outer, outer.elsewhere(cluster, outer.limit_bytes * _MORE, alike=True))
     return () if more is None else (Change("10% more memory", *_better(more, best)),)
 
 
-def _more_bandwidth(outer: Outer, best: Candidate) -> tuple[Change, ...]:
+def _more_bandwidth(outer: Outer, best: Candidate | Written) -> tuple[Change, ...]:
     cluster = scaled(outer.cluster, bandwidth=_MORE)
     more = _again(outer, outer.elsewhere(cluster, outer.limit_bytes))
     return () if more is None else (Change("10% more bandwidth", *_better(more, best)),)
 
 
-def _better(more: Candidate, best: Candidate) -> tuple[float, str]:
+def _better(more: Candidate, best: Candidate | Written) -> tuple[float, str]:
     if more.step_s < best.step_s:
         return more.step_s, more.description
     return best.step_s, best.description

@@ -10,7 +10,6 @@ from toolkit.ir.graph import OpGraph
 from toolkit.plan import recycling
 from toolkit.plan.order import families
 from toolkit.plan.plan import AxisName, Placement, Plan, Prediction, Split, Stage
-from toolkit.plan.predict.costs import model_flops
 from toolkit.plan.search.frontier import Candidate
 from toolkit.plan.search.stack import Outline
 from toolkit.plan.subject import Subject
@@ -49,7 +48,7 @@ def plan(
 
 def estimated(made: Plan, candidate: Candidate, subject: Subject, cluster: Cluster) -> Plan:
     """Return the plan with the search's own estimate as its prediction; traffic is left out."""
-    flops = model_flops(subject.graph)
+    flops = subject.model_flops
     ranks = range(made.num_ranks)
     peak = sum(cluster.device(rank).peak(subject.dtype) for rank in ranks)
     found = candidate.estimate

@@ -120,7 +120,7 @@ class Exchanges:
         wanted: Sequence[tuple[int, Mask]],
         slots: Sequence[Slot],
     ) -> Exchange:
-        known = self._known_one(tensor, made, wanted, slots)
+        known = self._known_one(tensor, made, wanted, slots, weight=source < 0)
         return Exchange(
             tensor, source, target, tuple(made), tuple(wanted), tuple(slots),
             known.forward, known.shares, known.backward,
@@ -132,13 +132,24 @@ class Exchanges:
         made: Sequence[tuple[int, Mask]],
         wanted: Sequence[tuple[int, Mask]],
         slots: Sequence[Slot],
+        *,
+        weight: bool,
     ) -> Known:
         logical = self.written.logical(tensor)
         learns = self.written.graph.tensors[tensor].requires_grad and bool(slots)
-        key = (logical.shape, logical.dtype, tuple(made), tuple(wanted), tuple(slots), learns)
+        key = (
+            logical.shape,
+            logical.dtype,
+            tuple(made),
+            tuple(wanted),
+            tuple(slots),
+            learns,
+            weight,
+        )
         if key not in self._known:
             plain = PTensor("tensor", logical.shape, logical.dtype)
-            self._known[key] = self._work_out(plain, made, wanted, slots if learns else ())
+            learned = slots if learns else ()
+            self._known[key] = self._work_out(plain, made, wanted, learned, weight=weight)
         return self._known[key]
 
     def _work_out(
@@ -147,6 +158,8 @@ class Exchanges:
         made: Sequence[tuple[int, Mask]],
         wanted: Sequence[tuple[int, Mask]],
         slots: Sequence[Slot],
+        *,
+        weight: bool,
     ) -> Known:
         producers = [VTensor(tensor, mask, rank) for rank, mask in made]
         consumers = [VTensor(tensor, mask, rank) for rank, mask in wanted]
@@ -159,7 +172,7 @@ class Exchanges:
         views = mirror(tensor, producers, readers)
         backward = materialize(
             views.tensor, views.producers, views.consumers, self.cluster, absent="zero",
-            collectives=True,
+            collectives=True, at_once=weight,  # a unit's weights share a buffer
         )  # fmt: skip
         shares = tuple(
             (index, view.mask) for index, view in zip(views.of, views.producers, strict=True)

@@ -1,0 +1,68 @@
+"""Timing the finalists: which is kept, what its plan remembers, what cannot be measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from toolkit.cli.plan import app
+from toolkit.errors import ToolkitError, UsageError
+from toolkit.hardware import find_cluster
+from toolkit.plan import io, measure, subject
+from toolkit.plan.measure import Measured
+from toolkit.plan.search import measured, search
+
+
+@pytest.fixture(scope="module")
+def found():
+    return search(subject.load("gpt-tiny", batch=8, tokens=64), find_cluster("cpux2"))
+
+
+def test_the_finalist_measured_fastest_is_kept_and_knows_the_others(found, monkeypatch) -> None:
+    times = [Measured((3.0, 5.0), 1.2), Measured((), None, "no rung"), Measured((2.0, 4.0), 0.8)]
+    monkeypatch.setattr(measure, "measure", lambda plans, **_: times[: len(plans)])
+    kept, timed = measured.fastest(found, 3)
+    assert kept.plan.mesh == found.finalists[2].plan.mesh
+    assert kept.plan.microbatches == found.finalists[2].plan.microbatches
+    assert kept.best is found.finalists[2].candidate
+    assert [one.measured for one in timed] == [times[2], times[0], times[1]]
+    slower = found.finalists[0].candidate.description
+    (reason,) = [one.reason for one in kept.plan.considered if one.description == slower]
+    assert reason == "measured 4 s here, the plan itself 3 s"
+
+
+def test_where_no_plan_runs_it_says_why(found, monkeypatch) -> None:
+    refused = Measured((), None, "no rung runs this")
+    monkeypatch.setattr(measure, "measure", lambda plans, **_: [refused] * len(plans))
+    with pytest.raises(ToolkitError, match="none of 2 plans could be run here: no rung runs this"):
+        measured.fastest(found, 2)
+
+
+def test_a_machine_getting_slower_does_not_change_what_is_relative() -> None:
+    entries = [{"step_s": one} for one in (1.0, 2.0, 20.0, 10.0, 100.0, 200.0)]
+    first, second = measure._together(2, [0, 1, 1, 0, 0, 1], entries)
+    assert first.relative == pytest.approx(2 / 3)
+    assert second.relative == pytest.approx(4 / 3)
+    assert first.rounds_s == (1.0, 10.0, 100.0)
+
+
+def test_more_ranks_than_cores_are_not_measured() -> None:
+    with pytest.raises(UsageError, match="cannot measure 4096 ranks of"):
+        measure.check(4096, find_cluster("cpux4096"))
+
+
+def test_search_times_its_fastest_on_ranks(tmp_path) -> None:
+    path = tmp_path / "plan.json"
+    arguments = ["search", "gpt-tiny", "--cluster", "cpux2", "--batch", "4", "--tokens"]
+    arguments += ["32", "--measure", "2", "-o", str(path), "--json"]
+    ended = CliRunner().invoke(app, arguments)
+    assert ended.exit_code == 0, ended.output
+    timed = json.loads(ended.stdout)["measured"]
+    assert len(timed) == 2
+    assert all(one["measured_s"] > 0 and len(one["rounds_s"]) == 3 for one in timed)
+    assert timed[0]["relative"] <= timed[1]["relative"]
+    kept = io.load(path)
+    others = [one for one in kept.considered if one.description == timed[1]["description"]]
+    assert "measured" in others[0].reason
