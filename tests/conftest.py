@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 # Before torch is imported anywhere: with more threads than cores it collapses, and a sum split
 # over another number of threads is another sum.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A row probed on this machine, perhaps while tests kept it busy, must not decide what they see.
+os.environ.setdefault("TOOLKIT_PROBE", str(Path(tempfile.gettempdir()) / "toolkit-unprobed.json"))
 # xdist hands its workers a terminal's width; commands are tested as without a terminal.
 os.environ.pop("COLUMNS", None)
 

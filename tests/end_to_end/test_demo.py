@@ -16,10 +16,12 @@ from toolkit.timeline import files
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory, smollm2_gguf, minilm_dir):
     folder = tmp_path_factory.mktemp("demo")
+    probed = tmp_path_factory.mktemp("probe") / "this.json"
     done = subprocess.run(
         [sys.executable, "-m", "toolkit", "demo", "--quick", "--json", "-o", str(folder)],
         capture_output=True, text=True, timeout=900, check=False,
-        env={key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"},
+        env={key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+        | {"TOOLKIT_PROBE": str(probed)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout)

@@ -13,7 +13,7 @@ from toolkit.hardware import find_cluster
 from toolkit.plan import check, library, predict, subject
 from toolkit.plan.order import families
 from toolkit.plan.search import Constraints, constraints, search
-from toolkit.plan.search.found import written
+from toolkit.plan.search.finalists import written
 from toolkit.plan.search.inter_op import cut
 from toolkit.plan.search.outer import Outer
 from toolkit.plan.search.schedules import alive, timed

@@ -12,7 +12,7 @@ from toolkit.errors import InfeasibleError, UsageError
 from toolkit.hardware import find_cluster
 from toolkit.plan import check, predict, subject
 from toolkit.plan.search import Constraints, search
-from toolkit.plan.search.found import written
+from toolkit.plan.search.finalists import written
 from toolkit.plan.search.outer import Outer
 
 

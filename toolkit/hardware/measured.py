@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,8 +46,9 @@ def processor_name() -> str:
 
 
 def default_path() -> Path:
-    """Return where the row of this machine is kept."""
-    return config.cache_dir() / "hardware" / "this.json"
+    """Return where the row of this machine is kept: $TOOLKIT_PROBE, else in the cache folder."""
+    chosen = os.environ.get("TOOLKIT_PROBE")
+    return Path(chosen) if chosen else config.cache_dir() / "hardware" / "this.json"
 
 
 def load(path: Path) -> Node:
