@@ -1,14 +1,16 @@
 #!/usr/bin/env python
 """A searched plan against what one would write by hand, measured on this machine's ranks.
 
-    python recipes/bench/plan_against.py --model gpt --rounds 5 -o against-gpt.json
+    python recipes/bench/plan_against.py --model gpt --memory 360MiB -o against-gpt.json
 
 Contenders: accelerate with DDP; FSDP2 by hand; torch's 1F1B by hand; and the plan that
-`toolkit plan search --measure 4` finds under the same memory cap. Every one is tuned first by
-running it: the searched one among the fastest four, the hand-written ones over gradient
-accumulation, microbatches and recomputation, the fastest variant within the cap. All train
-the same model from the same weights on the same batch with AdamW in float32, and each run is a
-fresh pair of processes. Rounds alternate the order; what is compared is the ratio within a round.
+`toolkit plan search --measure 4` finds. All train the same model from the same weights on the same
+batch with AdamW in float32. Each variant of a hand-written one (gradient accumulation,
+microbatches, recomputation) is run alone first, for what its ranks hold: a process's resident
+memory beyond what it began with, which the searched plan has to keep within the cap, too. Those
+within it then take their steps in turn in one pair of processes, in rounds of alternating order, so
+that a machine that gets slower does so for all. What is compared is the ratio within a round, to
+the variant of each that was the fastest.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ from toolkit.plan.plan import Plan
 from toolkit.units import format_bytes, format_seconds, parse_bytes
 
 _HERE = Path(__file__).resolve().parent
-_WARM_UP, _STEPS = 2, 5
+_WARM_UP = 2
 _RANKS = 2
 _SEARCHES = 4  # until what is found stays within the cap
 console = Console(stderr=True, highlight=False)
@@ -53,27 +55,35 @@ Step = Callable[[], None]
 # What a rank runs -----------------------------------------------------------------------------
 
 
-def rank_main(contender: str, plan_path: str, out: str) -> None:
-    """Measure one contender on this rank; rank 0 writes what was found."""
+def rank_main(contenders: str, plan_path: str, rounds: str, out: str) -> None:
+    """Run contenders on this rank, step by step in turn; rank 0 writes what was found."""
     plan = io.load(Path(plan_path))
     with runtime.session() as here:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        name, _, option = contender.partition(":")
-        step = _MAKERS[name](plan, here, **json.loads(option or "{}"))
-        seconds = []
-        for index in range(_WARM_UP + _STEPS):
-            dist.barrier()
-            started_s = time.perf_counter()
-            step()
-            dist.barrier()
-            if index >= _WARM_UP:
-                seconds.append(time.perf_counter() - started_s)
+        steps = {}
+        for contender in json.loads(contenders):
+            name, _, option = contender.partition(":")
+            steps[contender] = _MAKERS[name](plan, here, **json.loads(option or "{}"))
+        for _ in range(_WARM_UP):
+            for step in steps.values():
+                step()
         held = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
         found: list[Any] = [None] * here.num_ranks
         dist.all_gather_object(found, held)
+        seconds = []
+        for number in range(int(rounds)):
+            order = list(steps) if number % 2 == 0 else list(reversed(steps))
+            seconds.append({contender: _seconds(steps[contender]) for contender in order})
         if here.rank == 0:
-            body = {"step_s": statistics.median(seconds), "peak_bytes": max(found)}
-            Path(out).write_text(json.dumps(body))
+            Path(out).write_text(json.dumps({"rounds": seconds, "peak_bytes": max(found)}))
+
+
+def _seconds(step: Step) -> float:
+    dist.barrier()
+    started_s = time.perf_counter()
+    step()
+    dist.barrier()
+    return time.perf_counter() - started_s
 
 
 def _inputs(plan: Plan, here: runtime.Session) -> dict[str, Tensor]:
@@ -254,12 +264,12 @@ _MAKERS: dict[str, Callable[..., Step]] = {
 # The comparison -------------------------------------------------------------------------------
 
 
-def measure(contender: str, plan: Path) -> dict[str, Any]:
-    """Run one contender in a fresh pair of processes."""
+def measure(contenders: Sequence[str], plan: Path, rounds: int = 0) -> dict[str, Any]:
+    """Run contenders in one fresh pair of processes: what a rank held, and rounds of steps."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
-        arguments = [str(Path(__file__)), "--rank", contender, str(plan), str(out)]
-        launch.run(arguments, _RANKS, timeout_s=600)
+        arguments = [str(Path(__file__)), "--rank", json.dumps(contenders), str(plan), str(rounds)]
+        launch.run([*arguments, str(out)], _RANKS, timeout_s=1800)
         found: dict[str, Any] = json.loads(out.read_text())
     return found
 
@@ -278,30 +288,24 @@ def variants(plan: Plan, cut: str) -> dict[str, list[dict[str, Any]]]:
     return {"ddp": data, "fsdp2": data, "1f1b": pipes}
 
 
-def tune(
+def held(
     wanted: dict[str, list[dict[str, Any]]], path: Path, cap: int | None
-) -> dict[str, dict[str, Any]]:
-    """Return the fastest variant of each contender within the cap, and all that was tried."""
-    chosen: dict[str, dict[str, Any]] = {}
-    for name, options in wanted.items():
-        tried = []
-        for option in options:
-            contender = f"{name}:{json.dumps(option)}"
-            try:
-                found = measure(contender, path)
-            except ToolkitError as error:
-                console.print(f"{contender}: {str(error).splitlines()[-1]}", markup=False)
-                tried.append({**option, "error": str(error)[-400:]})
-                continue
-            fits = cap is None or found["peak_bytes"] <= cap
-            tried.append({**option, **found, "fits": fits})
-            step, peak = format_seconds(found["step_s"]), format_bytes(found["peak_bytes"])
-            console.print(f"{contender}: {step}, {peak}{'' if fits else ', over the cap'}",
-                          markup=False)  # fmt: skip
-        able = [(entry["step_s"], i) for i, entry in enumerate(tried) if entry.get("fits")]
-        best = options[min(able)[1]] if able else None
-        chosen[name] = {"option": best, "tried": tried}
-    return chosen
+) -> list[dict[str, Any]]:
+    """Run every variant alone, and return what its fullest rank held and whether that fits."""
+    tried = []
+    for name, option in [("toolkit", None), *((n, o) for n, all_ in wanted.items() for o in all_)]:
+        contender = f"{name}:{json.dumps(option)}" if option else name
+        entry: dict[str, Any] = {"name": name, "contender": contender, "fits": False}
+        try:
+            entry["peak_bytes"] = measure([contender], path)["peak_bytes"]
+            entry["fits"] = cap is None or entry["peak_bytes"] <= cap
+            said = format_bytes(entry["peak_bytes"]) + ("" if entry["fits"] else ", over the cap")
+        except ToolkitError as error:
+            entry["error"] = str(error)[-400:]
+            said = str(error).splitlines()[-1]
+        tried.append(entry)
+        console.print(f"{contender}: {said}", markup=False)
+    return tried
 
 
 def _searched(search: list[str], path: Path, cap: int | None) -> int | None:
@@ -314,7 +318,7 @@ def _searched(search: list[str], path: Path, cap: int | None) -> int | None:
         _toolkit("plan", "search", *search, *memory, "-o", str(path))
         if cap is None or limit is None:
             return None
-        over = measure("toolkit", path)["peak_bytes"] - cap
+        over = measure(["toolkit"], path)["peak_bytes"] - cap
         if over <= 0:
             return limit
         console.print(f"searched: {format_bytes(over)} over the cap", markup=False)
@@ -327,7 +331,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("gpt", "swin", "evoformer"), required=True)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--memory", help="the cap on what a rank holds, e.g. 1GiB")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--contenders", nargs="+", default=["ddp", "fsdp2", "1f1b"])
     parser.add_argument(
         "--measure",
@@ -353,42 +357,42 @@ def main() -> None:
     cut = io.load(reference).stages[1].begins_at
     assert cut is not None
     wanted = {name: variants(plan, cut)[name] for name in options.contenders}
-    tuned = tune(wanted, path, cap)
-    contenders = {"toolkit": "toolkit"} | {
-        name: f"{name}:{json.dumps(found['option'])}"
-        for name, found in tuned.items()
-        if found["option"] is not None
-    }
-    rounds = []
-    for number in range(options.rounds):
-        order = list(contenders) if number % 2 == 0 else list(reversed(contenders))
-        rounds.append({name: measure(contenders[name], path) for name in order})
-        times = ", ".join(f"{n} {format_seconds(rounds[-1][n]['step_s'])}" for n in contenders)
-        console.print(f"round {number + 1}: {times}", markup=False)
+    tried = held(wanted, path, cap)
+    able = [entry for entry in tried if entry["fits"]]
+    rounds = measure([entry["contender"] for entry in able], path, options.rounds)["rounds"]
     body = {
         "model": ref,
         "sizes": dict(plan.provenance.sizes),
         "strategy": plan.strategy,
+        "microbatches": plan.microbatches,
+        "mesh": [[axis.name, axis.size] for axis in plan.mesh],
         "predicted_step_s": plan.prediction.step_s if plan.prediction else None,
         "cap_bytes": cap,
         "search_limit_bytes": limit,
-        "tuned": tuned,
+        "tried": tried,
         "rounds": rounds,
     }
-    record.write(options.output, kind="plan-against", version=1, body=body)
-    show(body, list(contenders))
+    record.write(options.output, kind="plan-against", version=2, body=body)
+    show(body)
 
 
-def show(body: dict[str, Any], names: list[str]) -> None:
-    table = Table(title=f"{body['model']}: {body['strategy']}, measured", title_justify="left")
+def show(body: dict[str, Any]) -> None:
+    """Print each contender's fastest variant, by the median of its ratios to the searched plan."""
+    table = Table(title=f"{body['model']}, {len(body['rounds'])} rounds, measured",
+                  title_justify="left")  # fmt: skip
     for column in ("contender", "step", "memory", "toolkit is faster by"):
         table.add_column(column, justify="left" if column == "contender" else "right")
-    for name in names:
-        times = [found[name]["step_s"] for found in body["rounds"]]
-        ratios = [found[name]["step_s"] / found["toolkit"]["step_s"] for found in body["rounds"]]
-        peak = max(found[name]["peak_bytes"] for found in body["rounds"])
-        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        table.add_row(name, format_seconds(statistics.median(times)), format_bytes(peak),
+    best: dict[str, tuple[float, dict[str, Any], list[float]]] = {}
+    for entry in body["tried"]:
+        if entry["fits"]:
+            ratios = [one[entry["contender"]] / one["toolkit"] for one in body["rounds"]]
+            known = best.get(entry["name"])
+            if known is None or statistics.median(ratios) < known[0]:
+                best[entry["name"]] = (statistics.median(ratios), entry, ratios)
+    for name, (middle, entry, ratios) in best.items():
+        step = statistics.median(one[entry["contender"]] for one in body["rounds"])
+        spread = f"{middle:.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        table.add_row(entry["contender"], format_seconds(step), format_bytes(entry["peak_bytes"]),
                       spread if name != "toolkit" else "")  # fmt: skip
     Console(highlight=False).print(table)
 
@@ -407,7 +411,7 @@ if __name__ == "__main__":
     os.environ["PYTHONPATH"] = os.pathsep.join([str(_HERE), os.environ.get("PYTHONPATH", "")])
     sys.path.insert(0, str(_HERE))
     if sys.argv[1:2] == ["--rank"]:
-        rank_main(*sys.argv[2:5])
+        rank_main(*sys.argv[2:6])
         runtime.leave()
     else:
         main()
