@@ -13,6 +13,9 @@ from toolkit.plan.search.finalists import Finalist
 from toolkit.plan.search.found import Found
 from toolkit.units import format_seconds
 
+# What is within this of the fastest is as fast: steps on a shared machine differ by more.
+_ALIKE = 1.03
+
 
 @dataclass(frozen=True)
 class Timed:
@@ -26,7 +29,8 @@ def fastest(
     found: Found, count: int, *, progress: measure.Progress = lambda _done, _total: None
 ) -> tuple[Found, tuple[Timed, ...]]:
     """Time the first `count` finalists; return what was found with the plan whose step was the
-    shortest within rounds, and all, the fastest first. The plan remembers what the others took.
+    shortest within rounds, and all, the plan first. Of those that are as fast within 3 %, the one
+    predicted to be the fastest is kept. The plan remembers what the others took.
 
     Raises ToolkitError when none could be run.
     """
@@ -39,7 +43,9 @@ def fastest(
             f"none of {len(timed)} plans could be run here: {timed[0].measured.refused}",
             remedy="search without measuring",
         )
-    able.sort(key=lambda one: one.measured.relative or 0.0)
+    least = min(one.measured.relative or 0.0 for one in able)
+    kept = next(one for one in able if (one.measured.relative or 0.0) <= _ALIKE * least)
+    able.sort(key=lambda one: (one is not kept, one.measured.relative))
     others = [one for one in timed if one not in able]
     chosen = replace(found, plan=_chosen(found.plan, able), best=able[0].finalist.candidate)
     return chosen, (*able, *others)
