@@ -178,6 +178,15 @@ class OpGraph:
         return {name: op for op in self.ops for name in op.outputs}
 
     @cached_property
+    def learned(self) -> frozenset[str]:
+        """The tensors that depend on a parameter, parameters included."""
+        found = {tensor.name for tensor in self.parameters()}
+        for op in self.ops:
+            if not found.isdisjoint(op.inputs):
+                found.update(op.outputs)
+        return frozenset(found)
+
+    @cached_property
     def consumers(self) -> Mapping[str, tuple[Op, ...]]:
         """Tensor name -> the operators that read it, in order; every tensor has an entry."""
         readers: dict[str, list[Op]] = {name: [] for name in self.tensors}

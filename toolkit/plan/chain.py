@@ -91,15 +91,6 @@ def parameters(graph: OpGraph, units: Sequence[str]) -> dict[str, tuple[Tensor, 
     return {unit: tuple(tensors) for unit, tensors in found.items()}
 
 
-def learned(graph: OpGraph) -> frozenset[str]:
-    """Return the tensors that depend on a parameter, parameters included."""
-    found = {tensor.name for tensor in graph.parameters()}
-    for op in graph.ops:
-        if any(name in found for name in op.inputs):
-            found.update(op.outputs)
-    return frozenset(found)
-
-
 def crossing(graph: OpGraph, begins_at: str) -> tuple[Tensor, ...]:
     """Return what a stage that begins at the module path `begins_at` receives.
 
@@ -107,7 +98,7 @@ def crossing(graph: OpGraph, begins_at: str) -> tuple[Tensor, ...]:
     depend on none are computed again (see lower/stages.py, which cuts the same way).
     """
     start = first_op(graph, begins_at)
-    made = {name for op in graph.ops[:start] for name in op.outputs} & learned(graph)
+    made = {name for op in graph.ops[:start] for name in op.outputs} & graph.learned
     used = {name for op in graph.ops[start:] for name in op.inputs} | set(graph.outputs)
     return tuple(graph.tensors[name] for name in graph.tensors if name in made and name in used)
 

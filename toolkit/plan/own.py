@@ -15,7 +15,6 @@ from typing import NamedTuple
 from toolkit.errors import UsageError
 from toolkit.hardware import Cluster
 from toolkit.ir.graph import Op
-from toolkit.plan import chain
 from toolkit.plan.order import simple
 from toolkit.plan.plan import Axis, Placement, Plan, Split, Stage
 from toolkit.plan.program import Part, Program, pattern
@@ -87,7 +86,7 @@ def _stages(program: Program) -> tuple[_Stretch, ...]:
     """The stretches of the graph by device. Operators of no parameter (positions, masks) lie where
     they are read, wherever the program put them.
     """
-    learned = chain.learned(program.graph)
+    learned = program.graph.learned
     ops = [op for op in program.graph.ops if learned.intersection(op.outputs)]
     found: list[_Stretch] = []
     for devices, several in itertools.groupby(ops, key=lambda op: _devices(program, op)):

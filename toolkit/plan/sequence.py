@@ -187,7 +187,7 @@ class _Walk:
         """The activation the block adds to: the first it reads that is shaped as its result."""
         shape = self.graph.tensors[self.result].shape
         given = {tensor.name for tensor in self.graph.tensors.values() if tensor.role == "input"}
-        followed = given | chain.learned(self.graph)
+        followed = given | self.graph.learned
         made = {name for op in self.segment.ops for name in op.outputs}
         for op in self.segment.ops:
             for name in op.inputs:

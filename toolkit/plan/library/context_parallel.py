@@ -79,7 +79,7 @@ def splits(graph: OpGraph, degree: int) -> tuple[Split, ...]:
     starts = [name for name in graph.inputs if graph.tensors[name].shape[1:2] == (tokens,)]
     dims = select.flow(graph, annotate, starts, 1)
     # What is made of no parameter is small, and made whole on every rank.
-    learned = chain.learned(graph)
+    learned = graph.learned
     dims = {name: dim for name, dim in dims.items() if learned.intersection(graph.op(name).outputs)}
     batch = graph.sizes["batch"]
     if batch > 1:

@@ -74,7 +74,7 @@ def splits(graph: OpGraph, degree: int) -> tuple[Split, ...]:
     _check(graph, degree)
     if degree == 1:
         return ()
-    learned = chain.learned(graph)
+    learned = graph.learned
     found: dict[str, str] = {}
     marked: dict[str, int] = {}  # tensor -> the dim it is split along
     for segment in chain.segments(graph):

@@ -51,7 +51,7 @@ class Outline:
         self.subject = subject
         self.kernels: backward.Kernels = "cpu" if cluster.device(0).kind == "cpu" else "cuda"
         graph = subject.graph
-        self.learned = chain.learned(graph)
+        self.learned = graph.learned
         self.first_keeper = {
             kept.name: kept.ops[0] for kept in backward.saved(graph, kernels=self.kernels)
         }

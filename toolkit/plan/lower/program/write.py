@@ -14,7 +14,6 @@ from functools import cached_property
 from toolkit.errors import UsageError
 from toolkit.ir.dims import Annotation
 from toolkit.ir.graph import Op, OpGraph
-from toolkit.plan import chain
 from toolkit.plan.plan import AxisName, Plan, Stage
 from toolkit.plan.program import part as parts
 from toolkit.plan.program import rules, select
@@ -251,7 +250,7 @@ def stage_ops(plan: Plan, graph: OpGraph) -> tuple[tuple[Op, ...], ...]:
     What depends on no parameter (positions, masks) is not sent but made again where it is read.
     """
     starts = (*stage_starts(plan.stages, graph), len(graph.ops))
-    learned = chain.learned(graph)
+    learned = graph.learned
     place = {op.name: index for index, op in enumerate(graph.ops)}
     found = []
     for low, high in itertools.pairwise(starts):
