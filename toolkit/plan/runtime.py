@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -23,7 +25,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from toolkit import models
-from toolkit.errors import UsageError
+from toolkit.errors import ToolkitError, UsageError
 from toolkit.hardware.affinity import usable_cores
 from toolkit.plan import text
 from toolkit.plan.lower import compat, ladder
@@ -73,6 +75,21 @@ def session() -> Iterator[Session]:
     except BaseException:
         dist.destroy_process_group()  # the others need not wait
         raise
+
+
+def answer_all(work: Path, out: Path, answer: Callable[[Any, Session], Any]) -> None:
+    """Answer every job of the JSON list `work` on this rank; rank 0 adds a line to `out` for each
+    as it is done. What ranks refuse in words is an answer, too: {"refused": why}.
+    """
+    with session() as here:
+        for job in json.loads(work.read_text()):
+            try:
+                entry = answer(job, here)
+            except ToolkitError as error:  # all ranks refuse alike, before they communicate
+                entry = {"refused": str(error)}
+            if here.rank == 0:
+                with out.open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
 
 
 def leave() -> NoReturn:

@@ -5,12 +5,12 @@ python -m toolkit.plan.measure.ranks found.jsonl runs.json
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,9 +26,7 @@ _WARM_UP_STEPS, _TIMED_STEPS = 2, 3
 
 def run_rank(plan: Plan, here: Session) -> float:
     """Return the median seconds of this rank's training steps."""
-    batch = runtime.example(
-        plan, here, batch=plan.provenance.sizes["batch"], seed=plan.seed + 1, dtype=None
-    )
+    batch = runtime.example(plan, here, batch=plan.provenance.sizes["batch"], seed=plan.seed + 1)
     lowered = runtime.prepare(plan, here)
     optimizer = torch.optim.AdamW(runtime.optimizer_groups(lowered))
     seconds = []
@@ -49,15 +47,11 @@ def run_rank(plan: Plan, here: Session) -> float:
 
 def main(arguments: Sequence[str]) -> None:
     out, work = Path(arguments[0]), Path(arguments[1])
-    with runtime.session() as here:
-        for path in json.loads(work.read_text()):
-            try:
-                entry: dict[str, float | str] = {"step_s": run_rank(io.load(Path(path)), here)}
-            except ToolkitError as error:  # all ranks refuse alike, before they communicate
-                entry = {"refused": str(error)}
-            if here.rank == 0:
-                with out.open("a") as file:
-                    file.write(json.dumps(entry) + "\n")
+
+    def answer(path: str, here: Session) -> dict[str, Any]:
+        return {"step_s": run_rank(io.load(Path(path)), here)}
+
+    runtime.answer_all(work, out, answer)
 
 
 if __name__ == "__main__":

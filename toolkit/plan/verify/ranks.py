@@ -6,7 +6,6 @@ python -m toolkit.plan.verify.ranks reports.jsonl jobs.json [--measure]
 from __future__ import annotations
 
 import gc
-import json
 import math
 import statistics
 import sys
@@ -213,18 +212,12 @@ def _train(lowered: Lowered, optimizer: torch.optim.Optimizer, batch: Batch) -> 
 
 def main(arguments: Sequence[str]) -> None:
     out, work = Path(arguments[0]), Path(arguments[1])
-    with runtime.session() as here:
-        for job in json.loads(work.read_text()):
-            try:
-                report = run_rank(
-                    io.load(Path(job["plan"])), here, job["dtype"], measure="--measure" in arguments
-                )
-                entry = to_json(report)
-            except ToolkitError as error:  # all ranks refuse alike, before they communicate
-                entry = {"refused": str(error)}
-            if here.rank == 0:
-                with out.open("a") as file:
-                    file.write(json.dumps(entry) + "\n")
+
+    def answer(job: dict[str, str], here: Session) -> dict[str, Any]:
+        plan, measure = io.load(Path(job["plan"])), "--measure" in arguments
+        return to_json(run_rank(plan, here, job["dtype"], measure=measure))
+
+    runtime.answer_all(work, out, answer)
 
 
 if __name__ == "__main__":
