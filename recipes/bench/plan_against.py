@@ -41,7 +41,7 @@ from toolkit.units import format_bytes, format_seconds, parse_bytes
 _HERE = Path(__file__).resolve().parent
 _WARM_UP = 2
 _RANKS = 2
-_SEARCHES = 4  # until what is found stays within the cap
+_SEARCHES = 8  # until what is found stays within the cap
 console = Console(stderr=True, highlight=False)
 
 # What a rank runs -----------------------------------------------------------------------------
@@ -128,20 +128,34 @@ def held(
 
 def _searched(search: list[str], path: Path, cap: int | None) -> int | None:
     """Search a plan whose ranks stay within the cap as measured, like everybody's; return the limit
-    that the search was given: what a process holds beside tensors is none of its business.
+    that the search was given. A plan that does not is ruled out by what it was predicted to hold:
+    what a process holds beside tensors is none of the search's business.
     """
     limit = cap
     for _ in range(_SEARCHES):
         memory = ["--memory", f"{limit}B"] if limit is not None else []
         _toolkit("plan", "search", *search, *memory, "-o", str(path))
-        if cap is None or limit is None:
+        if cap is None:
             return None
+        plan = io.load(path)
+        assert plan.prediction is not None
         over = measure(["toolkit"], path)["peak_bytes"] - cap
         if over <= 0:
             return limit
-        console.print(f"searched: {format_bytes(over)} over the cap", markup=False)
-        limit -= over
+        predicted = format_bytes(plan.prediction.peak_bytes)
+        console.print(
+            f"searched: {_described(plan)}, predicted {predicted}: {format_bytes(over)} over"
+            " the cap",
+            markup=False,
+        )
+        limit = plan.prediction.peak_bytes - 1
     raise ToolkitError(f"{_SEARCHES} searched plans held more than {search[0]}'s cap as measured")
+
+
+def _described(plan: Plan) -> str:
+    mesh = " x ".join(f"{axis.name} {axis.size}" for axis in plan.mesh)
+    ways = sorted({entry.how for entry in plan.placements})
+    return f"{mesh}, {plan.microbatches} microbatches, {', '.join(ways) or 'operators split'}"
 
 
 def main() -> None:
@@ -181,16 +195,16 @@ def main() -> None:
     body = {
         "model": ref,
         "sizes": dict(plan.provenance.sizes),
-        "strategy": plan.strategy,
-        "microbatches": plan.microbatches,
-        "mesh": [[axis.name, axis.size] for axis in plan.mesh],
+        "plan": _described(plan),
+        "recompute": list(plan.recompute),
         "predicted_step_s": plan.prediction.step_s if plan.prediction else None,
         "cap_bytes": cap,
         "search_limit_bytes": limit,
+        "predicted_bytes": plan.prediction.peak_bytes if plan.prediction else None,
         "tried": tried,
         "rounds": rounds,
     }
-    record.write(options.output, kind="plan-against", version=2, body=body)
+    record.write(options.output, kind="plan-against", version=3, body=body)
     show(body)
 
 
@@ -207,6 +221,7 @@ def show(body: dict[str, Any]) -> None:
             known = best.get(entry["name"])
             if known is None or statistics.median(ratios) < known[0]:
                 best[entry["name"]] = (statistics.median(ratios), entry, ratios)
+    console.print(f"searched: {body['plan']}", markup=False)
     for name, (middle, entry, ratios) in best.items():
         step = statistics.median(one[entry["contender"]] for one in body["rounds"])
         spread = f"{middle:.3f} ({min(ratios):.3f} to {max(ratios):.3f})"

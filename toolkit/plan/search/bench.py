@@ -11,6 +11,7 @@ from toolkit.plan.search.choice import Cost, Weights
 from toolkit.plan.search.constraints import Constraints
 from toolkit.plan.search.estimate import Estimator
 from toolkit.plan.search.layouts import AxisName
+from toolkit.plan.search.local import Part
 from toolkit.plan.search.rows import Rows
 from toolkit.plan.search.site import Mesh, Site, inner_axes
 from toolkit.plan.search.space import Ground
@@ -54,6 +55,7 @@ class Bench:
         self.outline = outline or Outline(subject, cluster)
         self._stacks: dict[object, Stack] = like._stacks if like else {}
         self._rows: dict[object, Rows] = like._rows if like else {}
+        self._priced: dict[object, Part] = like._priced if like else {}
         self._given: dict[Stack, dict[str, Layouts]] = like._given if like else {}
         self._heads: dict[Stack, Layouts | None] = {}
         self._shared = _shared(self.outline)
@@ -64,7 +66,10 @@ class Bench:
         """What whole operators take, on the fastest device."""
         key = ("base", num_samples)
         if key not in self._rows:
-            stack = Stack(self.outline, self.cluster, (), num_samples, calibration=self.calibration)
+            stack = Stack(
+                self.outline, self.cluster, (), num_samples,
+                calibration=self.calibration, priced=self._priced,
+            )  # fmt: skip
             layouts = stack.fastest(Weights())
             devices = {group.node.device.name: group.node.device for group in self.cluster.groups}
             fastest = max(devices.values(), key=lambda one: one.peak(self.subject.dtype))
@@ -83,6 +88,7 @@ class Bench:
             self._stacks[key] = Stack(
                 self.outline, self.cluster, axes, ground.num_samples,
                 calibration=self.calibration, may_split=self._may_split, first=first,
+                priced=self._priced,
             )  # fmt: skip
         return self._stacks[key]
 

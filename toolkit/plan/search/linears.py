@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from toolkit.errors import InfeasibleError, UsageError
 from toolkit.ir.graph import Op
-from toolkit.plan import chain, sequence, transform
+from toolkit.plan import sequence
 from toolkit.plan.program import regions as program
 from toolkit.plan.program import rules, select
 from toolkit.plan.search.block import Segment
@@ -20,21 +20,18 @@ def columns_and_rows(stack: Stack) -> dict[str, Dims] | None:
     """Return the identifiers that Megatron's columns and rows split over the tensor axis, by
     operator of the solved segments; None where the degree divides nothing.
     """
-    regions = _regions(stack)
-    return None if regions is None else _found(stack, regions)
+    regions = stack.outline.regions
+    return _found(stack, regions) if _divides(stack, _sizes(regions)) else None
 
 
 def tokens(stack: Stack) -> dict[str, Dims] | None:
     """Return the same with tokens split between the regions; None where they cannot be."""
-    regions = _regions(stack)
-    dims = None if regions is None else _found(stack, regions)
-    if regions is None or dims is None:
-        return None
-    try:
-        runs = sequence.runs(stack.graph, regions, stack.axes[0].size)
-    except InfeasibleError:
-        return None
+    dims = columns_and_rows(stack)
+    runs = stack.outline.runs
     split = frozenset(name for run in runs for name in run.split)
+    lengths = {stack.graph.tensors[name].shape[sequence.TOKENS] for name in split}
+    if dims is None or not _divides(stack, lengths):
+        return None
     whole = [found.module for run in runs for found in run.inside if found.region is None]
     for segment in stack.segments.values():
         for op in segment.active:
@@ -98,12 +95,13 @@ def heads_and_vocabulary(stack: Stack) -> dict[str, Dims] | None:
     return {op.name: (found[op.name],) for op in active if op.name in found}
 
 
-def _regions(stack: Stack) -> tuple[Region, ...] | None:
-    graph = stack.graph
-    try:
-        return transform.regions(graph, chain.segments(graph), stack.axes[0].size)
-    except InfeasibleError:
-        return None
+def _sizes(regions: tuple[Region, ...]) -> set[int]:
+    return {size for region in regions for size in region.sizes}
+
+
+def _divides(stack: Stack, sizes: set[int]) -> bool:
+    """Whether there are such sizes, and the degree divides them all."""
+    return bool(sizes) and all(size % stack.axes[0].size == 0 for size in sizes)
 
 
 def _found(stack: Stack, regions: tuple[Region, ...]) -> dict[str, Dims] | None:

@@ -73,24 +73,32 @@ def cut_out(graph: OpGraph, ops: Sequence[Op], name: str) -> OpGraph:
 
 @dataclass
 class Parts:
-    """Prices parts of the operators of one segment on one device."""
+    """Prices parts of the operators of one segment on one device. `priced` is what is known of the
+    model's operators by their local shapes: other meshes and microbatches give the same ones.
+    """
 
     graph: OpGraph
     axes: tuple[Axis, ...]
     device: Device
     kernels: backward.Kernels
     calibration: Calibration | None = None
+    priced: dict[object, Part] = field(default_factory=dict, repr=False)
     _seen: dict[object, Part] = field(default_factory=dict, repr=False)
 
     def part(self, op: Op, way: Way) -> Part:
         """Return the seconds and saved bytes of one rank's part of `op`."""
         key = (op.name, way.reads, way.makes)
         if key not in self._seen:
-            self._seen[key] = self._priced(op, way)
+            local = self.graph if way.replicated else self._local(op, way)
+            around = [local.tensors[name] for name in (*op.inputs, *op.outputs)]
+            storages = [local.tensors[one.storage].shape for one in around if one.is_view]
+            sizes = (op.name, self.device.name, *(one.shape for one in around), *storages)
+            if sizes not in self.priced:
+                self.priced[sizes] = self._priced(op, local)
+            self._seen[key] = self.priced[sizes]
         return self._seen[key]
 
-    def _priced(self, op: Op, way: Way) -> Part:
-        local = self.graph if way.replicated else self._local(op, way)
+    def _priced(self, op: Op, local: OpGraph) -> Part:
         forward_s = self._seconds((done(op, local, formulas.work(op, local)),))
         backward_s = self._backward_s(op, local)
         weight_s = 0.0

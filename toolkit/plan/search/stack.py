@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from toolkit.cost.calibration import Calibration
+from toolkit.errors import InfeasibleError
 from toolkit.hardware import Cluster, Device
 from toolkit.ir import backward, fold
 from toolkit.ir.graph import OpGraph
-from toolkit.plan import chain, recycling
+from toolkit.plan import chain, recycling, sequence, transform
 from toolkit.plan.search.block import Segment
 from toolkit.plan.search.choice import Chosen, Cost, Dims, End, Weights
 from toolkit.plan.search.layouts import Axis, AxisName, Resharding, share
-from toolkit.plan.search.local import Parts, cut_out
+from toolkit.plan.search.local import Part, Parts, cut_out
 from toolkit.plan.subject import Subject
 
 # How far from the best a block's layout under a memory limit may be.
@@ -100,6 +101,23 @@ class Outline:
         """Return how many of the items [begin, end) are blocks."""
         return sum(item.path is not None for item in self.items[begin:end])
 
+    @cached_property
+    def regions(self) -> tuple[transform.Region, ...]:
+        """Linears that can be split by columns and rows, at some degree; none where one cannot."""
+        graph = self.subject.graph
+        try:
+            return transform.regions(graph, chain.segments(graph), degree=1)
+        except InfeasibleError:
+            return ()
+
+    @cached_property
+    def runs(self) -> tuple[sequence.Run, ...]:
+        """Blocks whose tokens can be split between the regions; none where one cannot."""
+        try:
+            return sequence.runs(self.subject.graph, self.regions, degree=1)
+        except InfeasibleError:
+            return ()
+
     def graph(self, num_samples: int) -> OpGraph:
         """Return the graph of one microbatch."""
         if num_samples not in self._graphs:
@@ -158,12 +176,14 @@ class Stack:
         calibration: Calibration | None = None,
         may_split: MaySplit | None = None,
         first: int = 0,
+        priced: dict[object, Part] | None = None,
     ) -> None:
         self.outline = outline
         self.cluster = cluster
         self.axes = axes
         self.num_samples = num_samples
         self.calibration = calibration
+        self.priced = {} if priced is None else priced
         self.graph = outline.graph(num_samples)
         self.resharding = Resharding(axes, cluster)
         self.device = cluster.device(first)
@@ -205,7 +225,7 @@ class Stack:
         )
 
     def _priced(self, graph: OpGraph, device: Device) -> Parts:
-        return Parts(graph, self.axes, device, self.outline.kernels, self.calibration)
+        return Parts(graph, self.axes, device, self.outline.kernels, self.calibration, self.priced)
 
     # Layouts --------------------------------------------------------------------------------
 
