@@ -71,6 +71,10 @@ class Cluster:
     def __post_init__(self) -> None:
         if not self.groups:
             raise UsageError(f"cluster {self.name!r} has no machines")
+        ranks = itertools.accumulate((group.num_devices for group in self.groups), initial=0)
+        nodes = itertools.accumulate((group.count for group in self.groups), initial=0)
+        object.__setattr__(self, "_first_ranks", tuple(ranks))
+        object.__setattr__(self, "_first_nodes", tuple(nodes))
         sizes = [level.num_nodes for level in self.network]
         inner = sizes[:-1]
         if not sizes or sizes[-1] is not None or None in inner or inner != sorted(set(inner)):  # type: ignore[type-var]
@@ -83,18 +87,14 @@ class Cluster:
             raise UsageError(
                 f"cluster {self.name!r}: {', '.join(sorted(names))} has no nic to join the others"
             )
-        ranks = itertools.accumulate((group.num_devices for group in self.groups), initial=0)
-        nodes = itertools.accumulate((group.count for group in self.groups), initial=0)
-        object.__setattr__(self, "_first_ranks", tuple(ranks))
-        object.__setattr__(self, "_first_nodes", tuple(nodes))
 
     @property
     def num_devices(self) -> int:
-        return sum(group.num_devices for group in self.groups)
+        return self._first_ranks[-1]
 
     @property
     def num_nodes(self) -> int:
-        return sum(group.count for group in self.groups)
+        return self._first_nodes[-1]
 
     @property
     def ranks(self) -> range:
@@ -119,6 +119,12 @@ class Cluster:
     def device(self, rank: int) -> Device:
         """Return the device of `rank`."""
         return self.place(rank).node.device
+
+    def kinds(self, ranks: range) -> tuple[Node, ...]:
+        """Return the distinct machines that consecutive `ranks` are on; UsageError as `place`."""
+        self.place(ranks[-1])
+        first, last = (bisect.bisect_right(self._first_ranks, r) for r in (ranks[0], ranks[-1]))
+        return tuple(dict.fromkeys(group.node for group in self.groups[first - 1 : last]))
 
     def by_node(self, ranks: Iterable[int]) -> dict[int, tuple[Place, ...]]:
         """Return the places of `ranks`, keyed by machine, in the order they first appear."""

@@ -66,7 +66,7 @@ class Costs:
         dtype = self.plan.provenance.dtype
         return tuple(
             min(
-                {self.cluster.device(rank) for rank in range(first, first + stride)},
+                {node.device for node in self.cluster.kinds(range(first, first + stride))},
                 key=lambda device: device.peak(dtype),
             )
             for first in self.ranks

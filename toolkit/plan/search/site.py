@@ -89,9 +89,7 @@ class Site:
         width = self.mesh.num_ranks // self.mesh.pipeline
         found = []
         for position in range(self.mesh.pipeline):
-            ranks = range(position * width, (position + 1) * width)
-            nodes = {place.node for places in self.cluster.by_node(ranks).values()
-                     for place in places[:1]}  # fmt: skip
+            nodes = self.cluster.kinds(range(position * width, (position + 1) * width))
             device = self.costs.devices[position]
             memory = min(node.device.memory_bytes for node in nodes)
             found.append(PositionClass(device, memory, "+".join(sorted(n.name for n in nodes))))
