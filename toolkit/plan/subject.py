@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import InfeasibleError, UsageError, unknown_name
+from toolkit.garbage import uncollected
 from toolkit.hardware import Cluster
 from toolkit.ir.graph import OpGraph
 from toolkit.plan import chain, flops
@@ -55,6 +56,7 @@ class Subject:
         return self.batch // pieces
 
 
+@uncollected()
 def load(model: str, *, dtype: str = "float32", **sizes: int | None) -> Subject:
     """Trace the model `model` names (see models.load) at these sizes of a global batch.
 

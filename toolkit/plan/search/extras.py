@@ -22,7 +22,7 @@ from toolkit.plan.library import dap, grid, interlaced, three_f_one_b
 from toolkit.plan.plan import OFFLOADS, Alternative, Plan
 from toolkit.plan.program import pattern, regions
 from toolkit.plan.search.constraints import Constraints
-from toolkit.plan.search.outer import Outer, Progress
+from toolkit.plan.search.outer import FAR, Outer, Progress
 from toolkit.plan.search.space import Ground, Space
 from toolkit.plan.search.trial import Split
 from toolkit.plan.subject import Subject
@@ -295,8 +295,15 @@ class Extras:
         kept = None
         if "none" in allowed or "needed" in allowed:
             kept = self._try(wish(False))
+        if kept is not None and self._is_far(kept):
+            return
         if "all" in allowed or ("needed" in allowed and kept not in self.found):
             self._try(wish(True))
+
+    def _is_far(self, one: Written) -> bool:
+        """Whether the best is so much faster that nobody trades memory for this."""
+        best = self.outer.frontier.best if self.outer is not None else None
+        return best is not None and one.step_s > FAR * best.step_s
 
     def _try(self, wish: _Wish) -> Written | None:
         """Write and predict a plan; None where it cannot be, or is too much to predict."""

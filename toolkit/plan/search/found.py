@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from toolkit.cost.calibration import Calibration
 from toolkit.errors import InfeasibleError
+from toolkit.garbage import uncollected
 from toolkit.hardware import Cluster
 from toolkit.hardware.scaled import scaled
 from toolkit.plan import chain, predict, recycling
@@ -61,6 +62,7 @@ class Found:
     changes: tuple[Change, ...]
 
 
+@uncollected()
 def search(
     subject: Subject,
     cluster: Cluster,

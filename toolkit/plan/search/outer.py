@@ -35,7 +35,7 @@ from toolkit.plan.subject import Subject
 
 # Of grounds that cannot be faster than the best, so many are looked at as may hold less, and none
 # whose bound is this much above the best.
-_FAR = 1.5
+FAR = 1.5
 _SLOWER = 6
 # Of grounds that fit with the host alone, so many, where something fits without.
 _HOSTED = 4
@@ -125,7 +125,7 @@ class Outer:
             if self._out_of_time():
                 return
             self._tell(ground)
-            self.look_at(ground, _FAR)
+            self.look_at(ground, FAR)
         self._with_host()
 
     def _known(self, grounds: Sequence[_Waiting]) -> None:
@@ -157,7 +157,7 @@ class Outer:
             if self._beaten(one):
                 self.pruned += 1
                 best = self.frontier.best
-                if ground in laid_out and best and one.bound_s < _FAR * best.step_s:
+                if ground in laid_out and best and one.bound_s < FAR * best.step_s:
                     slower.append(ground)
                 continue
             self._tell(ground)
