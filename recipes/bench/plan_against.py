@@ -102,7 +102,8 @@ def variants(plan: Plan, cut: str) -> dict[str, list[dict[str, Any]]]:
     ]
     batch = plan.provenance.sizes["batch"]
     pipes = [{"microbatches": count, "cut": cut} for count in (2, 4, 8) if batch % count == 0]
-    return {"ddp": data, "fsdp2": data, "1f1b": pipes}
+    ddp = [{**option, "views": views} for views in (False, True) for option in data]
+    return {"ddp": ddp, "fsdp2": data, "1f1b": pipes}
 
 
 def held(

@@ -51,10 +51,21 @@ def _adamw(parameters: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=1e-3)
 
 
-def ddp(plan: Plan, here: runtime.Session, accumulate: int = 1, recompute: bool = False) -> Step:
-    from accelerate import Accelerator
+def ddp(
+    plan: Plan,
+    here: runtime.Session,
+    accumulate: int = 1,
+    recompute: bool = False,
+    views: bool = False,
+) -> Step:
+    """`views`: gradients are views of DDP's buckets, which spares a copy of them."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    accelerator = Accelerator(cpu=here.device.type == "cpu", gradient_accumulation_steps=accumulate)
+    accelerator = Accelerator(
+        cpu=here.device.type == "cpu",
+        gradient_accumulation_steps=accumulate,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=views)],
+    )
     module = runtime.build(plan, here)
     if recompute:
         _recompute(module, _blocks(plan))
