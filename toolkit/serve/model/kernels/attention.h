@@ -35,9 +35,12 @@ struct AttentionShape {
 // Rows a task holds scores for, and tokens of a span at least.
 constexpr int TASK_ROWS = 96;
 constexpr int SPAN_TOKENS = 256;
-// Up to so many rows wait for memory: blocks are read in place, and those to come are fetched so
-// many ahead. For more rows what several tiles read is laid side by side first.
-constexpr int FEW_ROWS = 2 * TILE_ROWS, BLOCKS_AHEAD = 4;
+// Up to so many rows wait for memory: blocks are read in place, a span's values are
+// fetched while its keys are read, and while its values are, the keys that follow. For more rows
+// what several tiles read is laid side by side first.
+constexpr int FEW_ROWS = 2 * TILE_ROWS;
+// Blocks of keys that are fetched before a task begins.
+constexpr int FIRST_BLOCKS = 16;
 
 struct Task {
   const Sequence* sequence;
@@ -73,9 +76,9 @@ struct AttentionScratch {
 
 // Some of the context of a task, under one head.
 struct Span {
-  const int32_t* table;  // where its blocks' numbers begin
+  const int32_t* table;      // where its blocks' numbers begin
   int head, tokens, blocks;  // tokens up to those that the last row sees
-  int before, group, rows;   // tokens of the span before row 0's own, negative if that comes earlier
+  int before, group, rows;   // tokens of the span before row 0's own, negative if that is earlier
   // What is read after it, if that is known.
   const int32_t* next_table;
   int next_head, next_blocks;
@@ -114,7 +117,7 @@ class Attention {
   // Begin to fetch what `run` reads first.
   void fetch(const Task& task, int head) const {
     const Span x = span(task, head, 0, false);
-    for (int b = 0; b < std::min(BLOCKS_AHEAD, x.blocks) && x.rows <= FEW_ROWS; ++b)
+    for (int b = 0; b < std::min(FIRST_BLOCKS, x.blocks) && x.rows <= FEW_ROWS; ++b)
       for (size_t at = 0; at < key_tile_; at += 64 / sizeof(Kept))
         __builtin_prefetch(keys_of(x.table[b], head) + at);
   }
@@ -178,16 +181,6 @@ class Attention {
     return x;
   }
 
-  // What to fetch while few rows pass a tile: a span's keys by block, its values, the keys that
-  // follow. The tile itself where nothing is known to.
-  const Kept* ahead(const Span& x, int tile) const {
-    const int to_come = tile + BLOCKS_AHEAD, beyond = to_come - 2 * x.blocks;
-    if (to_come < x.blocks) return keys_of(x.table[to_come], x.head);
-    if (beyond < 0) return values_of(x.table[to_come - x.blocks], x.head);
-    if (beyond < x.next_blocks) return keys_of(x.next_table[beyond], x.next_head);
-    return keys_of(x.table[0], x.head);
-  }
-
   // Call `body(v, N)` for vectors v.. v + N of `count`, two at a time, with N constant.
   template <class Body>
   static void pairs(int count, Body body) {
@@ -226,7 +219,8 @@ class Attention {
       const ptrdiff_t apart = N == 2 ? keys(v + 1) - from : 0;
       const int step = cache_.padded_block;
       if (x.rows <= FEW_ROWS) {
-        const Kept* soon = ahead(x, v / per_block) + (size_t)(v % per_block) * L * size;
+        const Kept* soon = values_of(x.table[v / per_block], x.head);
+        soon += (size_t)(v % per_block) * L * cache_.padded_head;
         by(std::true_type{}, from, apart, step, soon);
       } else if constexpr (std::is_same_v<Kept, float>) {
         by(std::false_type{}, from, apart, step, from);
@@ -236,11 +230,13 @@ class Attention {
       }
     });
   }
-  // As floats, `N` vectors a row.
+
+  // Copy N vectors from each of `count` places, as floats.
   template <int N>
   static void lay_side_by_side(const Kept* from, ptrdiff_t apart, int step, int count, float* to) {
     for (int i = 0; i < count; ++i)
-      for (int n = 0; n < N; ++n) store(to + (i * N + n) * L, load(from + (ptrdiff_t)i * step + n * apart));
+      for (int n = 0; n < N; ++n)
+        store(to + (i * N + n) * L, load(from + (ptrdiff_t)i * step + n * apart));
   }
 
   // Rows' scores become probabilities relative to the highest so far, 0 beyond what a row sees.
@@ -299,7 +295,9 @@ class Attention {
         return by([&](const float* p, int tokens, auto& sums) KERNELS_INLINED {
           for (int b = 0; b * block < tokens; ++b) {
             const int size = size_of(b, tokens);
-            const Kept* soon = ahead(x, x.blocks + b) + (size_t)v / 2 * size * 16;
+            const Kept* soon = values(b);
+            if (b < x.next_blocks)
+              soon = keys_of(x.next_table[b], x.next_head) + (size_t)v / 2 * size * 16;
             tile_float<true>(p + b * block, s.width, values(b), L, padded, size, sums, soon);
           }
         });
