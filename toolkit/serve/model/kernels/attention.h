@@ -270,20 +270,28 @@ class Attention {
 
   // outputs = outputs x decay + probabilities x values; nothing beyond `x.tokens` is read.
   void mix(const Span& x, AttentionScratch& s) const {
+    // Few rows take some blocks at a time, which stay in the first cache for all columns.
+    const int step = x.rows > FEW_ROWS ? x.blocks : blocks_of(64);
+    for (int b = 0; b < x.blocks; b += step) mix(x, b, std::min(b + step, x.blocks), s);
+  }
+
+  // The same with blocks [begin, end) alone.
+  void mix(const Span& x, int begin, int end, AttentionScratch& s) const {
     const int padded = cache_.padded_head, vectors = padded / L, block = cache_.block_size;
-    const int first = x.first_row(0);
+    const int first = x.first_row(begin * block);
     const auto size_of = [&](int b, int tokens) { return std::min(tokens - b * block, block); };
     pairs(vectors, [&](int v, auto number) {
       constexpr int N = number;
       const auto values = [&](int b) { return values_of(x.table[b], x.head) + v * L; };
-      // `add(p, row, tokens, sums)` adds what a tile's rows see of the span.
+      // `add(p, tokens, sums)` adds what a tile's rows see of the span.
       const auto by = [&](auto add) {
         tiles(first, x.rows, [&](int row, auto constant) {
           constexpr int ROWS = constant;
           F sums[ROWS][N];
           float* outputs = s.outputs.data + (size_t)row * padded + v * L;
           unrolled<ROWS, N>([&](int r, int n) KERNELS_INLINED {
-            sums[r][n] = mul(load(outputs + r * padded + n * L), splat(s.decay.data[row + r]));
+            const float decay = begin ? 1.0f : s.decay.data[row + r];
+            sums[r][n] = mul(load(outputs + r * padded + n * L), splat(decay));
           });
           add(s.scores.data + (size_t)row * s.width, x.visible(row + ROWS - 1), sums);
           unrolled<ROWS, N>([&](int r, int n) KERNELS_INLINED {
@@ -293,7 +301,7 @@ class Attention {
       };
       if (x.rows <= FEW_ROWS)
         return by([&](const float* p, int tokens, auto& sums) KERNELS_INLINED {
-          for (int b = 0; b * block < tokens; ++b) {
+          for (int b = begin; b < end && b * block < tokens; ++b) {
             const int size = size_of(b, tokens);
             const Kept* soon = values(b);
             if (b < x.next_blocks)
