@@ -7,6 +7,7 @@ import subprocess
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from toolkit.errors import ToolkitError
 from toolkit.serve.batch import Batch, Slice
-from toolkit.serve.model import gpt2, quantisation
+from toolkit.serve.model import gpt2, native, quantisation
 from toolkit.serve.model.config import DecoderConfig
 from toolkit.serve.model.decoder import Decoder
 from toolkit.serve.model.grouped import Grouped, Weight, dense, from_gguf, quantise
@@ -76,7 +77,7 @@ def check_products(kernels: Library, kind: str, rows: int, columns: int) -> None
 
 
 @pytest.mark.slow
-def test_the_portable_sources(tmp_path: Path) -> None:
+def test_the_portable_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a processor without the instructions gets: plain C++, the same checks."""
     compiler = shutil.which("g++") or pytest.skip("no compiler")
     source, built = Path(build.__file__).parent / "decoder.cpp", tmp_path / "portable.so"
@@ -86,6 +87,9 @@ def test_the_portable_sources(tmp_path: Path) -> None:
     assert portable.instruction_set == "portable C++"
     for kind in ("float32", "int8", "int4", "int4_wide"):
         check_products(portable, kind, 99, 48)
+    test_exponentials(portable)
+    monkeypatch.setattr(native, "library", lambda: portable)
+    check_attention((4, 2, 12), torch.float16)
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q4_K"])
@@ -144,15 +148,19 @@ def tiny_weights(mode: Mode, config: DecoderConfig = TINY) -> dict[str, Weight]:
 
 
 def run(
-    decoder: Decoder | NativeDecoder, chunks: Sequence[int], neighbours: int, block_size: int = 8
+    decoder: Decoder | NativeDecoder,
+    chunks: Sequence[int],
+    neighbours: int,
+    block_size: int = 8,
+    context: int = 128,
 ) -> torch.Tensor:
-    """Logits after each chunk of one prompt, computed beside `neighbours` other sequences."""
-    num_blocks = 128 // block_size
+    """Logits of every token of one prompt, computed in chunks beside `neighbours` sequences."""
+    num_blocks = context // block_size
     cache = decoder.make_cache(num_blocks * (neighbours + 1), block_size)
     draw = np.random.default_rng(0)
     requests = []
     for i in range(neighbours + 1):
-        ids = tuple(draw.integers(0, TINY.vocab_size, 120).tolist())
+        ids = tuple(draw.integers(0, TINY.vocab_size, context - 8).tolist())
         blocks = list(range(i, num_blocks * (neighbours + 1), neighbours + 1))
         requests.append(Request(f"r{i}", ids, SamplingParams(), block_ids=blocks))
     start, rows = 0, []
@@ -161,10 +169,11 @@ def run(
         piece = Slice(mine, Phase.PREFILL, start, start + chunk)
         others = [Slice(r, Phase.DECODE, start, start + 1) for r in requests[1:]]
         step = prepare(Batch(0, (*others, piece)), block_size)
-        object.__setattr__(step, "sample_rows", np.array([len(step.tokens) - 1], np.int32))
-        rows.append(decoder.forward(step, cache)[0].clone())
+        wanted = np.arange(len(step.tokens), dtype=np.int32)[-chunk:]
+        object.__setattr__(step, "sample_rows", wanted)
+        rows.append(decoder.forward(step, cache).clone())
         start += chunk
-    return torch.stack(rows)
+    return torch.cat(rows)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -176,15 +185,52 @@ def test_logits_do_not_depend_on_company(
     decoder = NativeDecoder(config, tiny_weights(mode, config))
     decoder.start(1)
     alone = run(decoder, [1] * 90, 0)
-    reference = Decoder(config, tiny_weights(mode, config))
+    reference = run(Decoder(config, tiny_weights(mode, config)), [90], 0)
     # A rounding of an activation may fall to the other side: a step of 1 / 127 of its group.
-    assert (run(reference, [90], 0)[0] - alone[-1]).abs().max() < (1e-3 if mode == "none" else 0.2)
-    assert torch.equal(run(decoder, [90], 0)[0], alone[-1])
+    assert (reference[-1] - alone[-1]).abs().max() < (1e-3 if mode == "none" else 0.2)
+    assert torch.equal(run(decoder, [90], 0), alone)
     for threads in (2, 3):
         decoder.start(threads)
-        found = run(decoder, [7, 13, 1, 40, 29], 5)
-        for row, after in zip(found, (7, 20, 21, 61, 90), strict=True):
-            assert torch.equal(row, alone[after - 1])
+        assert torch.equal(run(decoder, [7, 13, 1, 40, 29], 5), alone)
+
+
+# Query heads, key-value heads, head size.
+HEADS = [(3, 3, 32), (9, 3, 64), (8, 2, 80), (8, 1, 96), (12, 1, 44), (2, 2, 128)]
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_attention(kernels: Library, heads: tuple[int, int, int], kv_dtype: torch.dtype) -> None:
+    """As torch's, and the same bits decoded, in one chunk, and in chunks beside others."""
+    check_attention(heads, kv_dtype)
+
+
+def check_attention(heads: tuple[int, int, int], kv_dtype: torch.dtype) -> None:
+    num_heads, num_kv_heads, head_size = heads
+    config = replace(
+        TINY, num_layers=1, hidden_size=48, ffn_size=32, max_context=640,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size,
+    )  # fmt: skip
+    decoder = NativeDecoder(config, tiny_weights("none", config), kv_dtype=kv_dtype)
+    decoder.start(1)
+    whole = run(decoder, [600], 0, 16, 640)
+    reference = Decoder(config, tiny_weights("none", config), kv_dtype=kv_dtype)
+    near = (whole - run(reference, [600], 0, 16, 640)).abs().max()
+    assert near < (1e-3 if kv_dtype is torch.float32 else 2e-2)
+    assert torch.equal(run(decoder, [1] * 600, 0, 16, 640), whole)
+    decoder.start(2)
+    assert torch.equal(run(decoder, [255, 2, 1, 97, 3, 242], 17, 16, 640), whole)
+
+
+def test_exponentials(kernels: Library) -> None:
+    """Within 2 units in the last place, and next to nothing below what a float32 holds."""
+    x = torch.linspace(-87, 88, 80_000)
+    y = torch.empty_like(x)
+    kernels.calls.kernels_exp(x.data_ptr(), y.data_ptr(), len(x))
+    assert ((y.double() / x.double().exp() - 1).abs() < 2**-22).all()
+    x = torch.full((16,), -torch.inf)
+    kernels.calls.kernels_exp(x.data_ptr(), y.data_ptr(), len(x))
+    assert (y[:16] < 1e-37).all()
 
 
 @pytest.mark.parametrize("finer", ["v_proj", "gate_proj", "down_proj"])
@@ -203,8 +249,8 @@ def test_a_file_that_mixes_bits(kernels: Library, finer: str) -> None:
     mixed = {
         name: converted(name, weight, "int4", finer=finer in name) for name, weight in exact.items()
     }
-    near = (run(decoder, [90], 0) - run(Decoder(TINY, mixed), [90], 0)).abs().max()
-    assert near < 0.2
+    near = run(decoder, [90], 0)[-1] - run(Decoder(TINY, mixed), [90], 0)[-1]
+    assert near.abs().max() < 0.2
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_GPT2], ids=["llama", "gpt2"])
@@ -217,7 +263,7 @@ def test_activations_far_from_zero(kernels: Library, config: DecoderConfig) -> N
             if name.endswith(("gate_proj.weight", "up_proj.weight")):
                 weights[name] = dense(weight) * 400
         made.append(kind(config, weights))
-    ours, reference = (run(each, [40], 0) for each in made)
+    ours, reference = (run(each, [40], 0)[-1] for each in made)
     assert (ours - reference).abs().max() < 1e-3
 
 

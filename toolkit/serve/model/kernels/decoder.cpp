@@ -48,6 +48,9 @@ class Walk {
         c_.tasks.push_back({step.sequences + i, first,
                             std::min(first + tokens, step.sequences[i].num_rows)});
     for (const Task& task : c_.tasks) whole_ = whole_ && task.whole();
+    // The longest first: the last to be taken decide how long the others wait.
+    std::stable_sort(c_.tasks.begin(), c_.tasks.end(),
+                     [](const Task& a, const Task& b) { return a.work() > b.work(); });
   }
 
   void run() {
@@ -79,13 +82,19 @@ class Walk {
           for (int head = 0; head < m_.kv_heads; ++head) place(layer, attention, row, head);
         });
       ++phase;
-      team.runs(phase++, (int)c_.tasks.size() * m_.kv_heads, 1, [&](int number, int) {
-        const Task& task = c_.tasks[number / m_.kv_heads];
-        const int head = number % m_.kv_heads;
-        for (int i = 0; whole_ && i < task.last; ++i)
-          place(layer, attention, task.sequence->first_row + i, head);
-        attention.run(task, head, c_.qkv.view.values, c_.qkv.view.stride, c_.mixed.view.values,
-                      c_.mixed.view.stride, c_.attention[member]);
+      // Of many tasks a member takes all heads, so that it knows what to fetch next.
+      const int num_tasks = (int)c_.tasks.size();
+      const int heads = num_tasks < 8 * team.members() ? 1 : m_.kv_heads;
+      team.runs(phase++, num_tasks * m_.kv_heads, heads, [&](int first, int last) {
+        const Task& task = c_.tasks[first / m_.kv_heads];
+        attention.fetch(task, first % m_.kv_heads);
+        for (int number = first; number < last; ++number) {
+          const int head = number % m_.kv_heads;
+          for (int i = 0; whole_ && i < task.last; ++i)
+            place(layer, attention, task.sequence->first_row + i, head);
+          attention.run(task, head, number + 1 < last, c_.qkv.view.values, c_.qkv.view.stride,
+                        c_.mixed.view.values, c_.mixed.view.stride, c_.attention[member]);
+        }
       });
       team.barrier();
       const auto mixed = quantise_rows(member, phase++, c_.mixed, layer.output.format);

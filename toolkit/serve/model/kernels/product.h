@@ -13,6 +13,8 @@
 // A 4-bit weight is scale x level + minimum with a level of 0..15.
 #pragma once
 
+#include <utility>
+
 #include "pool.h"
 #include "simd.h"
 
@@ -89,34 +91,40 @@ constexpr int AHEAD = 4096;
 // k of a float panel that stay in the first cache while all rows pass.
 constexpr int BLOCK_K = 256;
 
-// sums[r] += sum over i of x[r][i] * (w0[i * step], w1[i * step]), in order of i. With VECTORS = 1,
-// w1 and the second sums are not touched.
+// Call `body(i, j)` for all i < ROWS and j < COLUMNS in turn, as straight code: compilers unroll
+// loops too late to keep an array in registers where the rest of a function is large.
+#define KERNELS_INLINED __attribute__((always_inline))
+#define KERNELS_INLINE KERNELS_INLINED inline
+template <size_t ROWS, size_t COLUMNS, class Body>
+KERNELS_INLINE void unrolled(Body body) {
+  [&]<size_t... at>(std::index_sequence<at...>) KERNELS_INLINED {
+    (body(at / COLUMNS, at % COLUMNS), ...);
+  }(std::make_index_sequence<ROWS * COLUMNS>{});
+}
+
+// sums[r][n] += sum over i of x[r][i] * the vector at w[i * step + n * apart], in order of i.
 //
-// `soon` is what will be read next, 16 numbers for each i, or null.
-template <int ROWS, int VECTORS, class Kept>
-inline void tile_float(const float* x, int stride, const Kept* w0, const Kept* w1, int step,
-                       int count, F (&sums)[ROWS][2], const Kept* soon = nullptr) {
-  F held[ROWS][2];
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) held[r][0] = sums[r][0], held[r][1] = sums[r][1];
-  for (int i = 0; i < count; ++i, w0 += step, w1 += step) {
-    F a = load(w0), b = VECTORS == 2 ? load(w1) : a;
-    KERNELS_PIN(a);
-    KERNELS_PIN(b);
-    if (soon) __builtin_prefetch(soon + (size_t)i * 16);
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) {
-      const F value = splat(x[(size_t)r * stride + i]);
-      held[r][0] = fma(value, a, held[r][0]);
-      KERNELS_PIN(held[r][0]);
-      if (VECTORS == 2) {
-        held[r][1] = fma(value, b, held[r][1]);
-        KERNELS_PIN(held[r][1]);
-      }
-    }
+// With FETCH, `soon` is what will be read next, 16 numbers for each i.
+template <bool FETCH, size_t ROWS, size_t N, class Kept>
+KERNELS_INLINE void tile_float(const float* x, int stride, const Kept* w, ptrdiff_t apart, int step,
+                               int count, F (&sums)[ROWS][N], const Kept* soon = nullptr) {
+  F held[ROWS][N];
+  unrolled<ROWS, N>([&](int r, int n) KERNELS_INLINED { held[r][n] = sums[r][n]; });
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i, w += step) {
+    F vectors[N], value;
+    unrolled<N, 1>([&](int n, int) KERNELS_INLINED {
+      vectors[n] = load(w + n * apart);
+      KERNELS_PIN(vectors[n]);
+    });
+    if (FETCH) __builtin_prefetch(soon + (size_t)i * 16);
+    unrolled<ROWS, N>([&](int r, int n) KERNELS_INLINED {
+      if (n == 0) value = splat(x[(size_t)r * stride + i]);
+      held[r][n] = fma(value, vectors[n], held[r][n]);
+      KERNELS_PIN(held[r][n]);
+    });
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) sums[r][0] = held[r][0], sums[r][1] = held[r][1];
+  unrolled<ROWS, N>([&](int r, int n) KERNELS_INLINED { sums[r][n] = held[r][n]; });
 }
 
 template <int ROWS>
@@ -244,8 +252,11 @@ struct Output {
         for (int r = 0; r < ROWS; ++r)
           for (int v = 0; v < 2; ++v) sums[r][v] = start ? load(kept + r * NR + v * L) : zero();
         const float* from = (const float*)w + (size_t)start * NR;
-        tile_float<ROWS, 2>(a.values + (size_t)row * a.stride + start, a.stride, from, from + L, NR,
-                            size, sums, row == first ? from + AHEAD / sizeof(float) : nullptr);
+        const float* x = a.values + (size_t)row * a.stride + start;
+        if (row == first)
+          tile_float<true>(x, a.stride, from, L, NR, size, sums, from + AHEAD / sizeof(float));
+        else
+          tile_float<false>(x, a.stride, from, L, NR, size, sums);
         for (int r = 0; r < ROWS; ++r)
           if (start + size == m.k) {
             out.put(panel, row + r, sums[r][0], sums[r][1]);

@@ -45,14 +45,10 @@ inline void store(uint16_t* p, F v) {
 inline F to_float(I v) { return _mm512_cvtepi32_ps(v); }
 inline I to_int(F v) { return _mm512_cvtps_epi32(v); }
 inline I splat_int(int32_t v) { return _mm512_set1_epi32(v); }
-// 2^n for whole n.
-inline F power_of_two(F n) {
+// v x 2^n, where n is the low bits of `n`'s mantissa.
+inline F scaled(F v, F n) {
   return _mm512_castsi512_ps(
-      _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
-}
-inline F round(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline F zero_below(F v, F at, F floor) {
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(at, floor, _CMP_GE_OQ), v);
+      _mm512_add_epi32(_mm512_castps_si512(v), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
 }
 
 struct Weights8 { I v; };
@@ -106,13 +102,9 @@ inline void store(uint16_t* p, F v) {
 inline F to_float(I v) { return _mm256_cvtepi32_ps(v); }
 inline I to_int(F v) { return _mm256_cvtps_epi32(v); }
 inline I splat_int(int32_t v) { return _mm256_set1_epi32(v); }
-inline F power_of_two(F n) {
+inline F scaled(F v, F n) {
   return _mm256_castsi256_ps(
-      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
-}
-inline F round(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline F zero_below(F v, F at, F floor) {
-  return _mm256_and_ps(v, _mm256_cmp_ps(at, floor, _CMP_GE_OQ));
+      _mm256_add_epi32(_mm256_castps_si256(v), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
 }
 
 struct Weights8 { I v; };
@@ -195,9 +187,15 @@ inline void store(uint16_t* p, F v) {
 inline F to_float(I v) { KERNELS_EACH(F, (float)v.v[i]); }
 inline I to_int(F v) { KERNELS_EACH(I, (int32_t)std::nearbyint(v.v[i])); }
 inline I splat_int(int32_t v) { KERNELS_EACH(I, v); }
-inline F power_of_two(F n) { KERNELS_EACH(F, std::ldexp(1.0f, (int)n.v[i])); }
-inline F round(F v) { KERNELS_EACH(F, std::nearbyint(v.v[i])); }
-inline F zero_below(F v, F at, F floor) { KERNELS_EACH(F, at.v[i] >= floor.v[i] ? v.v[i] : 0.0f); }
+inline float scaled_one(float v, float n) {
+  uint32_t bits, power;
+  std::memcpy(&bits, &v, 4);
+  std::memcpy(&power, &n, 4);
+  bits += power << 23;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+inline F scaled(F v, F n) { KERNELS_EACH(F, scaled_one(v.v[i], n.v[i])); }
 
 struct Weights8 { int8_t v[4 * L]; };
 inline Weights8 load_weights8(const int8_t* p) {
@@ -264,27 +262,32 @@ inline float maximum(F v) {
   return lanes[0];
 }
 
-// e^x: x = n ln 2 + r with |r| <= ln 2 / 2, and seven terms of the series for e^r (within 2 units
-// in the last place). Below -87 it is 0, so that what is masked with -inf counts for nothing.
-inline F exp(F x) {
-  const F floor = splat(-87.0f), bounded = max(x, floor);
-  const F n = round(mul(bounded, splat(1.44269504f)));
-  F r = fma(n, splat(-0.693359375f), bounded);
-  r = fma(n, splat(2.12194440e-4f), r);
-  F series = splat(1.0f / 5040);
-  series = fma(series, r, splat(1.0f / 720));
-  series = fma(series, r, splat(1.0f / 120));
-  series = fma(series, r, splat(1.0f / 24));
-  series = fma(series, r, splat(1.0f / 6));
-  series = fma(series, r, splat(0.5f));
-  series = fma(series, r, splat(1.0f));
-  series = fma(series, r, splat(1.0f));
-  return zero_below(mul(series, power_of_two(n)), x, floor);
+// Adding this to a number rounds it to a whole one, which then stands in the mantissa's low bits.
+constexpr float WHOLE = 12582912.0f;
+
+// 2^(r + n) for |r| <= 1/2 and n as `scaled` takes it: 1 + r p(r), p fitted for the least largest
+// relative error (9e-8), and exactly 1 at 0.
+inline F power(F r, F n) {
+  F series = splat(1.326472731307149e-3f);
+  series = fma(series, r, splat(9.671512991189957e-3f));
+  series = fma(series, r, splat(5.550733581185341e-2f));
+  series = fma(series, r, splat(0.24022242426872253f));
+  series = fma(series, r, splat(0.6931470036506653f));
+  return scaled(fma(series, r, splat(1.0f)), n);
 }
-inline float exp_one(float x) {
-  float lanes[L];
-  store(lanes, exp(splat(x)));
-  return lanes[0];
+// 2^x for x <= 127. Below -126 it stays at what it is there.
+inline F exp2(F x) {
+  const F bounded = max(x, splat(-126.0f)), n = add(bounded, splat(WHOLE));
+  return power(sub(bounded, sub(n, splat(WHOLE))), n);
+}
+// e^x for x <= 88, within 2 units in the last place. Below -87 it stays at what it is there.
+inline F exp(F x) {
+  const F bounded = max(x, splat(-87.0f));
+  const F n = fma(bounded, splat(1.44269504f), splat(WHOLE)), whole = sub(n, splat(WHOLE));
+  // ln 2 in two parts: a whole number times the first is exact, with a fused product or without.
+  F r = fma(whole, splat(-0.693359375f), bounded);
+  r = fma(whole, splat(2.12194440e-4f), r);
+  return power(mul(r, splat(1.44269504f)), n);
 }
 
 }  // namespace kernels
