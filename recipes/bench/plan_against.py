@@ -9,8 +9,9 @@ batch with AdamW in float32. Each variant of a hand-written one (gradient accumu
 microbatches, recomputation) is run alone first, for what its ranks hold: a process's resident
 memory beyond what it began with, which the searched plan has to keep within the cap, too. Those
 within it then take their steps in turn in one pair of processes, in rounds of alternating order, so
-that a machine that gets slower does so for all. What is compared is the ratio within a round, to
-the variant of each that was the fastest.
+that a machine that gets slower does so for all; in several sessions, built in another order each,
+as where something lies in memory stays for a session. What is compared is the ratio within a round,
+to the variant of each that was the fastest.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from toolkit.units import format_bytes, format_seconds, parse_bytes
 _HERE = Path(__file__).resolve().parent
 _WARM_UP = 2
 _RANKS = 2
+_SESSIONS = 3
 _SEARCHES = 8  # until what is found stays within the cap
 console = Console(stderr=True, highlight=False)
 
@@ -88,6 +90,17 @@ def measure(contenders: Sequence[str], plan: Path, rounds: int = 0) -> dict[str,
         arguments = [str(Path(__file__)), "--rank", json.dumps(contenders), str(plan), str(rounds)]
         launch.run([*arguments, str(out)], _RANKS, timeout_s=1800)
         found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def in_turn(contenders: Sequence[str], plan: Path, rounds: int) -> list[dict[str, float]]:
+    """Run rounds of all contenders' steps, in sessions that build them in another order each."""
+    found: list[dict[str, float]] = []
+    for number in range(_SESSIONS):
+        first = number * len(contenders) // _SESSIONS
+        order = [*contenders[first:], *contenders[:first]]
+        share = rounds // _SESSIONS + (number < rounds % _SESSIONS)
+        found += measure(order, plan, share)["rounds"]
     return found
 
 
@@ -192,7 +205,7 @@ def main() -> None:
     wanted = {name: variants(plan, cut)[name] for name in options.contenders}
     tried = held(wanted, path, cap)
     able = [entry for entry in tried if entry["fits"]]
-    rounds = measure([entry["contender"] for entry in able], path, options.rounds)["rounds"]
+    rounds = in_turn([entry["contender"] for entry in able], path, options.rounds)
     body = {
         "model": ref,
         "sizes": dict(plan.provenance.sizes),

@@ -20,7 +20,7 @@ from toolkit.plan.plan import Plan
 # Called with how many runs are through, and of how many.
 Progress = Callable[[int, int], None]
 _RANKS = "toolkit.plan.measure.ranks"
-_ROUNDS = 3
+ROUNDS = 3
 _TIMEOUT_S = 300.0  # a run; a hang must not last
 
 
@@ -60,14 +60,17 @@ def check(num_ranks: int, cluster: Cluster) -> None:
 
 
 def measure(
-    plans: Sequence[Plan], *, progress: Progress = lambda _done, _total: None
+    plans: Sequence[Plan],
+    *,
+    rounds: int = ROUNDS,
+    progress: Progress = lambda _done, _total: None,
 ) -> list[Measured]:
     """Train each plan for a few steps on ranks of this machine, in rounds of alternating order.
 
     All plans are for one number of ranks, which are started once. Raises ToolkitError when a rank
     dies; a plan that cannot be run says why instead.
     """
-    runs = [index for number in range(_ROUNDS) for index in _order(len(plans), number)]
+    runs = [index for number in range(rounds) for index in _order(len(plans), number)]
     with tempfile.TemporaryDirectory(prefix="toolkit-measure-") as name:
         folder = Path(name)
         paths = [folder / f"{index}.json" for index in range(len(plans))]
@@ -93,6 +96,16 @@ def _together(count: int, runs: Sequence[int], entries: Sequence[dict[str, Any]]
         by_plan[index].append(entry)
     refused = [own[0].get("refused", "") for own in by_plan]
     times = [tuple(entry["step_s"] for entry in own if "step_s" in entry) for own in by_plan]
+    return _compared(times, refused)
+
+
+def prolonged(first: Sequence[Measured], more: Sequence[Measured]) -> list[Measured]:
+    """Return what plans that were measured twice took in all rounds."""
+    times = [one.rounds_s + other.rounds_s for one, other in zip(first, more, strict=True)]
+    return _compared(times, [""] * len(times))
+
+
+def _compared(times: Sequence[tuple[float, ...]], refused: Sequence[str]) -> list[Measured]:
     means = [statistics.mean(round_) for round_ in zip(*filter(None, times), strict=True)]
     return [
         Measured(own, statistics.median(map(truediv, own, means)) if own else None, why)

@@ -15,6 +15,9 @@ from toolkit.units import format_seconds
 
 # What is within this of the fastest is as fast: steps on a shared machine differ by more.
 _ALIKE = 1.03
+# What is within this of the fastest after the first rounds is timed for so many more.
+_CLOSE = 1.1
+_MORE_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,10 @@ class Timed:
 def fastest(
     found: Found, count: int, *, progress: measure.Progress = lambda _done, _total: None
 ) -> tuple[Found, tuple[Timed, ...]]:
-    """Time the first `count` finalists; return what was found with the plan whose step was the
-    shortest within rounds, and all, the plan first. Of those that are as fast within 3 %, the one
-    predicted to be the fastest is kept. The plan remembers what the others took.
+    """Time the first `count` finalists, and for longer those that are close; return what was found
+    with the plan whose step was the shortest within rounds, and all, the plan first. Of those that
+    are as fast within 3 %, the one predicted to be the fastest is kept. The plan remembers what the
+    others took.
 
     Raises ToolkitError when none could be run.
     """
@@ -43,12 +47,30 @@ def fastest(
             f"none of {len(timed)} plans could be run here: {timed[0].measured.refused}",
             remedy="search without measuring",
         )
-    least = min(one.measured.relative or 0.0 for one in able)
-    kept = next(one for one in able if (one.measured.relative or 0.0) <= _ALIKE * least)
-    able.sort(key=lambda one: (one is not kept, one.measured.relative))
-    others = [one for one in timed if one not in able]
+    least = min(map(_relative, able))
+    slower = [one for one in able if _relative(one) > _CLOSE * least]
+    close = [one for one in able if one not in slower]
+    if len(close) > 1:
+        close = _longer(close, progress)
+        least = min(map(_relative, close))
+    kept = next(one for one in close if _relative(one) <= _ALIKE * least)
+    close.sort(key=lambda one: (one is not kept, _relative(one)))
+    able = [*close, *sorted(slower, key=_relative)]
+    others = [one for one in timed if one.measured.relative is None]
     chosen = replace(found, plan=_chosen(found.plan, able), best=able[0].finalist.candidate)
     return chosen, (*able, *others)
+
+
+def _longer(close: Sequence[Timed], progress: measure.Progress) -> list[Timed]:
+    plans = [one.finalist.plan for one in close]
+    more = measure.measure(plans, rounds=_MORE_ROUNDS, progress=progress)
+    times = measure.prolonged([one.measured for one in close], more)
+    return [Timed(one.finalist, time) for one, time in zip(close, times, strict=True)]
+
+
+def _relative(one: Timed) -> float:
+    assert one.measured.relative is not None
+    return one.measured.relative
 
 
 def _chosen(first: Plan, timed: Sequence[Timed]) -> Plan:
