@@ -43,7 +43,7 @@ def test_of_plans_as_fast_the_one_predicted_fastest_is_kept(found, monkeypatch) 
 
 
 def test_plans_that_are_close_are_timed_for_longer(found, monkeypatch) -> None:
-    first = [Measured((1.1, 1.1), 1.05), Measured((1.0, 1.0), 0.95), Measured((2.0, 2.0), 1.9)]
+    first = [Measured((1.1, 1.1), 1.03), Measured((1.0, 1.0), 0.95), Measured((2.0, 2.0), 1.9)]
     more = [Measured((1.0, 1.0, 1.0), 0.9), Measured((1.2, 1.2, 1.2), 1.1)]
     asked = []
 
