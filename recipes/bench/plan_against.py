@@ -129,9 +129,10 @@ def held(
         entry: dict[str, Any] = {"name": name, "contender": contender, "fits": False}
         try:
             entry["peak_bytes"] = measure([contender], path)["peak_bytes"]
-            # The searched one was within it when it was found.
-            entry["fits"] = cap is None or name == "toolkit" or entry["peak_bytes"] <= cap
-            said = format_bytes(entry["peak_bytes"]) + ("" if entry["fits"] else ", over the cap")
+            over = cap is not None and entry["peak_bytes"] > cap
+            # Of a searched one that was known when it was found; of one given it is said.
+            entry["fits"] = name == "toolkit" or not over
+            said = format_bytes(entry["peak_bytes"]) + (", over the cap" if over else "")
         except ToolkitError as error:
             entry["error"] = str(error)[-400:]
             said = str(error).splitlines()[-1]
