@@ -10,8 +10,9 @@ microbatches, recomputation) is run alone first, for what its ranks hold: a proc
 memory beyond what it began with, which the searched plan has to keep within the cap, too. Those
 within it then take their steps in turn in one pair of processes, in rounds of alternating order, so
 that a machine that gets slower does so for all; in several sessions, built in another order each,
-as where something lies in memory stays for a session. What is compared is the ratio within a round,
-to the variant of each that was the fastest.
+as where something lies in memory stays for a session. That picks the fastest variant of each. What
+is compared is the ratio within a round of new sessions with these alone: the least of a dozen
+medians would be partly luck.
 """
 
 from __future__ import annotations
@@ -205,8 +206,11 @@ def main() -> None:
     assert cut is not None
     wanted = {name: variants(plan, cut)[name] for name in options.contenders}
     tried = held(wanted, path, cap)
-    able = [entry for entry in tried if entry["fits"]]
-    rounds = in_turn([entry["contender"] for entry in able], path, options.rounds)
+    able = [entry["contender"] for entry in tried if entry["fits"]]
+    tuning = in_turn(able, path, options.rounds)
+    best = _fastest([entry for entry in tried if entry["fits"]], tuning)
+    console.print(f"fastest of each: {', '.join(best)}", markup=False)
+    rounds = in_turn(best, path, options.rounds)
     body = {
         "model": ref,
         "sizes": dict(plan.provenance.sizes),
@@ -217,31 +221,37 @@ def main() -> None:
         "search_limit_bytes": limit,
         "predicted_bytes": plan.prediction.peak_bytes if plan.prediction else None,
         "tried": tried,
+        "tuning": tuning,
         "rounds": rounds,
     }
-    record.write(options.output, kind="plan-against", version=3, body=body)
+    record.write(options.output, kind="plan-against", version=4, body=body)
     show(body)
 
 
+def _fastest(able: list[dict[str, Any]], rounds: list[dict[str, float]]) -> list[str]:
+    """Return the variant of each contender whose ratio to the searched plan was the least."""
+    best: dict[str, tuple[float, str]] = {}
+    for entry in able:
+        contender = entry["contender"]
+        ratio = statistics.median(one[contender] / one["toolkit"] for one in rounds)
+        best[entry["name"]] = min((ratio, contender), best.get(entry["name"], (ratio, contender)))
+    return [contender for _, contender in best.values()]
+
+
 def show(body: dict[str, Any]) -> None:
-    """Print each contender's fastest variant, by the median of its ratios to the searched plan."""
+    """Print each contender's fastest variant and its ratios to the searched plan."""
     table = Table(title=f"{body['model']}, {len(body['rounds'])} rounds, measured",
                   title_justify="left")  # fmt: skip
     for column in ("contender", "step", "memory", "toolkit is faster by"):
         table.add_column(column, justify="left" if column == "contender" else "right")
-    best: dict[str, tuple[float, dict[str, Any], list[float]]] = {}
-    for entry in body["tried"]:
-        if entry["fits"]:
-            ratios = [one[entry["contender"]] / one["toolkit"] for one in body["rounds"]]
-            known = best.get(entry["name"])
-            if known is None or statistics.median(ratios) < known[0]:
-                best[entry["name"]] = (statistics.median(ratios), entry, ratios)
     console.print(f"searched: {body['plan']}", markup=False)
-    for name, (middle, entry, ratios) in best.items():
-        step = statistics.median(one[entry["contender"]] for one in body["rounds"])
-        spread = f"{middle:.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        table.add_row(entry["contender"], format_seconds(step), format_bytes(entry["peak_bytes"]),
-                      spread if name != "toolkit" else "")  # fmt: skip
+    peaks = {entry["contender"]: entry.get("peak_bytes") for entry in body["tried"]}
+    for contender in body["rounds"][0]:
+        ratios = [one[contender] / one["toolkit"] for one in body["rounds"]]
+        step = statistics.median(one[contender] for one in body["rounds"])
+        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        table.add_row(contender, format_seconds(step), format_bytes(peaks[contender]),
+                      spread if contender != "toolkit" else "")  # fmt: skip
     Console(highlight=False).print(table)
 
 

@@ -36,7 +36,7 @@ def _times_group(args: _Arguments) -> int:
 
 
 # op -> (kind, bytes of the full tensor). c10d's own ops are what FSDP2, pipelining and
-# torch.distributed call; the functional ones are DTensor's.
+# torch.distributed call; the functional ones are DTensor's; the last, those through memory.
 _KINDS: Mapping[str, tuple[str, Callable[[_Arguments], int]]] = {
     "c10d.allreduce_": ("all_reduce", _first),
     "c10d.allgather_": ("all_gather", _first),
@@ -52,6 +52,9 @@ _KINDS: Mapping[str, tuple[str, Callable[[_Arguments], int]]] = {
     "_c10d_functional.reduce_scatter_tensor": ("reduce_scatter", _first),
     "_c10d_functional.all_to_all_single": ("all_to_all", _first),
     "_c10d_functional.broadcast": ("broadcast", _first),
+    "toolkit_c10d.all_reduce": ("all_reduce", _first),
+    "toolkit_c10d.reduce_scatter": ("reduce_scatter", _first),
+    "toolkit_c10d.all_gather": ("all_gather", _first),
 }
 _NO_TRAFFIC = {
     "_c10d_functional.wait_tensor",

@@ -1,7 +1,9 @@
 """The replica and data axes: how the gradients of ranks that saw different samples meet.
 
 `Buckets` is data parallelism; lower/zero.py holds ZeRO-1 and 2; FSDP2 is torch's own. What is
-reduced together is a unit: the parameters in a module, less those of units inside it.
+reduced together is a unit: the parameters in a module, less those of units inside it. Ranks that
+share a machine's CPUs meet after the last backward, in memory (shared.py); others in it, as soon
+as a unit is complete.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from toolkit.plan.lower import shared
 from toolkit.plan.lower.lowered import Landed, whole
 
 # Parameters by their path in the whole model.
@@ -115,10 +118,11 @@ class Buckets(Gradients):
         *,
         put_off: bool = False,
     ) -> None:
+        kept = [held for unit in units(parameters, paths).values() for held in by_dtype(unit)]
+        flats, self._room = shared.buffers([size(held) for held in kept], device(kept), group)
         self.buckets = [
-            Bucket(held, group, put_off=put_off)
-            for unit in units(parameters, paths).values()
-            for held in by_dtype(unit)
+            Bucket(held, flat, group, put_off=put_off)
+            for held, flat in zip(kept, flats, strict=True)
         ]
 
     def zero(self) -> None:
@@ -126,33 +130,43 @@ class Buckets(Gradients):
             bucket.zero()
 
     def arm(self, *, last: bool) -> None:
-        if last:
+        if last and self._room is None:
             for bucket in self.buckets:
                 bucket.arm()
 
     def settle(self, *, last: bool) -> None:
-        if last:
+        if not last:
+            return
+        if self._room is None:
             for bucket in self.buckets:
                 bucket.finish(self.landed)
+            return
+        for bucket in self.buckets:
+            bucket.complete()
+        self._room.all_reduce([bucket.flat for bucket in self.buckets])
+        if self.landed is not None:
+            for bucket in self.buckets:
+                self.landed(None, bucket.parameters)
 
 
 class Bucket:
-    """Parameters whose gradients lie in one buffer and are all-reduced as one.
+    """Parameters whose gradients lie in one buffer, `flat`, and are all-reduced as one.
 
-    Each parameter's gradient becomes a view of the buffer. The reduction starts as soon as the last
-    gradient of the bucket is there, while backward goes on (Li et al. 2020).
+    Each parameter's gradient becomes a view of the buffer. Once armed, the reduction starts as soon
+    as the last gradient of the bucket is there, while backward goes on (Li et al. 2020).
     """
 
-    def __init__(self, parameters: Named, group: dist.ProcessGroup, *, put_off: bool) -> None:
+    def __init__(
+        self, parameters: Named, flat: Tensor, group: dist.ProcessGroup, *, put_off: bool
+    ) -> None:
         self.parameters = tuple(parameters.values())
         self.group = group
         self.put_off = put_off
         self.armed = False
         self._waiting = 0
         self._work: dist.Work | None = None
-        first = local(self.parameters[0])
         sizes = [local(parameter).numel() for parameter in self.parameters]
-        self.flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
+        self.flat = flat
         self._left: dict[
             int, Tensor
         ] = {}  # pieces of the buffer that await a step's first gradient
@@ -186,10 +200,14 @@ class Bucket:
             if self._waiting == 0:
                 self._launch()
 
-    def _launch(self) -> None:
+    def complete(self) -> None:
+        """Take what no backward of this step gave."""
         for parameter in self.parameters if self._left else ():
             if id(parameter) in self._left:
                 take(parameter, self._left.pop(id(parameter)))
+
+    def _launch(self) -> None:
+        self.complete()
         self._work = dist.all_reduce(self.flat, group=self.group, async_op=True)
 
     def finish(self, landed: Landed | None) -> None:
@@ -201,6 +219,18 @@ class Bucket:
             landed(self._work, self.parameters)
         self._work.wait()
         self._work, self.armed = None, False
+
+
+def size(parameters: Named) -> tuple[int, torch.dtype]:
+    """Return the elements, and their type, of this rank's parts of parameters of one type."""
+    found = [local(parameter) for parameter in parameters.values()]
+    return sum(part.numel() for part in found), found[0].dtype
+
+
+def device(kept: Sequence[Named]) -> torch.device:
+    """Return where parameters lie."""
+    first = next((parameter for held in kept for parameter in held.values()), None)
+    return torch.device("cpu") if first is None else local(first).device
 
 
 def gathered(parameters: Named) -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,8 @@ What is communicated, for m microbatches and P = bytes of a unit's trained param
 - with a replica axis, each reduce-scatter is followed by an all-reduce of P / n over it.
 - after the optimizer's step, one all-gather of P a unit (`Zero.after_update`), which is no part of
   `Lowered.step` and so not of a prediction's traffic; its time is part of a training step's.
-A unit whose parameters have several types has a buffer for each.
+A unit whose parameters have several types has a buffer for each. Under ZeRO-1, ranks that share a
+machine's CPUs meet over all units after the last backward, in memory (shared.py).
 """
 
 from __future__ import annotations
@@ -19,12 +20,24 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from toolkit.plan.lower import shared
 from toolkit.plan.lower.compat import relocate
-from toolkit.plan.lower.data import Gradients, Named, by_dtype, like, local, take, units
+from toolkit.plan.lower.data import (
+    Gradients,
+    Named,
+    by_dtype,
+    device,
+    like,
+    local,
+    size,
+    take,
+    units,
+)  # fmt: skip
 from toolkit.plan.lower.lowered import Landed, whole
 from toolkit.plan.lower.piece import Piece
 
@@ -44,17 +57,23 @@ class Zero(Gradients):
     ) -> None:
         self.shard_gradients = shard_gradients
         self._flying: Unit | None = None
+        self._replicas = replicas
+        kept = [held for unit in units(parameters, paths).values() for held in by_dtype(unit)]
+        num_ranks = dist.get_world_size(group)
+        padded = [(-(-count // num_ranks) * num_ranks, dtype) for count, dtype in map(size, kept)]
+        # Under ZeRO-2 whole gradients come and go, which the others could not follow.
+        self._room: shared.Room | None = None
+        if shard_gradients:
+            flats = [
+                torch.zeros(count, dtype=dtype, device=device(kept)) for count, dtype in padded
+            ]
+            wholes: list[Tensor | None] = [None] * len(kept)
+        else:
+            both, self._room = shared.buffers([*padded, *padded], device(kept), group)
+            flats, wholes = both[: len(kept)], [*both[len(kept) :]]
         self.units = [
-            Unit(
-                held,
-                group,
-                replicas,
-                self._before_launch,
-                shard_gradients=shard_gradients,
-                put_off=put_off,
-            )
-            for unit in units(parameters, paths).values()
-            for held in by_dtype(unit)
+            Unit(held, flat, whole, group, replicas, self._before_launch, put_off=put_off)
+            for held, flat, whole in zip(kept, flats, wholes, strict=True)
         ]
 
     @property
@@ -67,19 +86,33 @@ class Zero(Gradients):
             unit.zero()
 
     def arm(self, *, last: bool) -> None:
-        if last or self.shard_gradients:
+        if (last and self._room is None) or self.shard_gradients:
             for unit in self.units:
                 unit.arm()
 
     def settle(self, *, last: bool) -> None:
-        if last or self.shard_gradients:
+        if last and self._room is not None:
+            self._meet(self._room)
+        elif last or self.shard_gradients:
             for unit in self.units:
                 unit.finish(self.landed)
             self._flying = None
 
     def after_update(self) -> None:
+        if self._room is not None:
+            self._room.all_gather([unit.flat for unit in self.units])
+            return
         for unit in self.units:
             unit.gather_parameters()
+
+    def _meet(self, room: shared.Room) -> None:
+        wholes = [unit.complete() for unit in self.units]
+        room.reduce_scatter(wholes, [unit.gradient for unit in self.units])
+        for unit in self.units:
+            if self._replicas is not None:
+                dist.all_reduce(unit.gradient, group=self._replicas)
+            elif self.landed is not None:
+                self.landed(None, unit.pieces.values())
 
     def _before_launch(self, unit: Unit) -> None:
         """ZeRO-2 keeps whole gradients of two units at most: one that is being reduced, and one
@@ -98,36 +131,39 @@ class Zero(Gradients):
 
 
 class Unit:
-    """Parameters that lie, and are reduced, as one buffer of n equal parts."""
+    """Parameters that lie, and are reduced, as one buffer of n equal parts: `flat`.
+
+    `whole` is as long a buffer for their gradients; under ZeRO-2, None.
+    """
 
     def __init__(
         self,
         parameters: Named,
+        flat: Tensor,
+        whole: Tensor | None,
         group: dist.ProcessGroup,
         replicas: dist.ProcessGroup | None,
         before_launch: Callable[[Unit], None],
         *,
-        shard_gradients: bool,
         put_off: bool,
     ) -> None:
         self.parameters = dict(parameters)
         self.group, self.replicas = group, replicas
         self.before_launch = before_launch
-        self.shard_gradients, self.put_off = shard_gradients, put_off
+        self.shard_gradients, self.put_off = whole is None, put_off
         self.num_ranks = dist.get_world_size(group)
         sizes = [local(parameter).numel() for parameter in self.parameters.values()]
-        self.part = -(-sum(sizes) // self.num_ranks)
+        self.part = flat.numel() // self.num_ranks
         self.begin = dist.get_rank(group) * self.part
         starts = list(itertools.accumulate(sizes, initial=0))[:-1]
         self.spans = {
             name: (start, start + size)
             for name, start, size in zip(self.parameters, starts, sizes, strict=True)
         }
-        first = local(next(iter(self.parameters.values())))
-        self._empty = first.new_empty(0)
-        self.flat = self._buffer()
+        self.flat = flat
+        self._empty = flat.new_empty(0)
         self.gradient = self._buffer(self.part)  # this rank's, complete after a step
-        self._whole: Tensor | None = None  # gradients of the unit, while there are any
+        self._whole = whole  # gradients of the unit, while there are any
         self._left: set[str] = set()  # whose first gradient of a step is awaited
         self._arrived = self.gradient
         self._work: dist.Work | None = None
@@ -144,10 +180,9 @@ class Unit:
                 piece = nn.Parameter(self.flat[a:b])
                 piece.grad = self.gradient[a - self.begin : b - self.begin]
                 self.pieces[name] = piece
-        if not shard_gradients:
-            self._whole = self._buffer()
+        if whole is not None:
             for name, parameter in self.parameters.items():
-                parameter.grad = like(parameter, self._view(self._whole, name))
+                parameter.grad = like(parameter, self._view(whole, name))
 
     def zero(self) -> None:
         if self.shard_gradients:
@@ -216,16 +251,21 @@ class Unit:
             if self._waiting == 0:
                 self._launch()
 
-    def _launch(self) -> None:
-        self.before_launch(self)
+    def complete(self) -> Tensor:
+        """Take what no backward of this step gave; return the whole gradient."""
         if self._whole is None:  # none of the unit took part in the loss
             self._whole = self._buffer()
         for name in tuple(self._left):
             self._take(name)
+        return self._whole
+
+    def _launch(self) -> None:
+        self.before_launch(self)
+        whole = self.complete()
         if self.shard_gradients:
             self._arrived = self._buffer(self.part)
         self._work = dist.reduce_scatter_single(
-            self._arrived, self._whole, group=self.group, async_op=True
+            self._arrived, whole, group=self.group, async_op=True
         )
 
     def _take(self, name: str) -> None:
