@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -149,6 +150,29 @@ class Costs:
         members = tuple(ranks)
         like, stream = self._place(members)
         return Call(kind, num_bytes, self._call_s(kind, num_bytes, members, like), stream)
+
+    def meets(self, ranks: Sequence[int]) -> bool:
+        """Whether ranks share the CPUs of a machine, and so reduce in memory (lower/shared.py)."""
+        places = [self.cluster.place(rank) for rank in ranks]
+        one = len({place.node_index for place in places}) == 1
+        return one and len(places) > 1 and all(p.node.device.kind == "cpu" for p in places)
+
+    def meet(self, kind: str, num_bytes: int, ranks: Sequence[int]) -> Call:
+        """Return a collective of ranks that `meet` where they can: every rank reads its n-th of all
+        buffers, and writes it to all for an all-reduce; a gather reads the other n-ths. Two
+        barriers go around it, and nothing runs beside it.
+        """
+        if not num_bytes or not self.meets(ranks):
+            return self.call(kind, num_bytes, ranks)
+        num = len(ranks)
+        others = num_bytes * (num - 1) / num
+        read = others if kind == "all_gather" else num_bytes
+        written = {"all_reduce": num_bytes, "all_gather": others}.get(kind, num_bytes / num)
+        place = self.cluster.place(ranks[0])
+        work = Work("copy", read_bytes=read, write_bytes=written)
+        seconds = roofline.seconds(work, place.node.device, calibration=self.calibration)
+        barriers_s = 2 * math.ceil(math.log2(num)) * place.node.link.latency_s
+        return Call(kind, num_bytes, seconds + barriers_s, "compute")
 
     def send(self, num_bytes: int, sender: int, receiver: int) -> Call:
         """Return a message between two positions, while all ranks there send theirs."""

@@ -10,6 +10,8 @@ of what is really called):
   the root, which stays gathered between the two; one reduce-scatter a unit. Each parameter is
   padded along dim 0 to a multiple of n.
 - with r > 1 what was reduce-scattered is then all-reduced over the replicas.
+- what is replicated, and ZeRO-1's, is reduced in memory by ranks on one machine's CPUs, in the same
+  calls, after the last backward (lower/shared.py).
 
 With the optimizer on the host (Ren et al. 2021, arXiv 2101.06840), what a rank updates goes down
 when it is reduced and comes up when it is updated, once a step; the host keeps a copy of it, its
@@ -19,7 +21,7 @@ every gather and its gradients go down with every reduction; the host keeps the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from toolkit.ir.graph import OpGraph, Tensor, item_bytes
@@ -135,16 +137,19 @@ class _Maker:
         if how == "replicate":
             return Unit(
                 name, tuple(tensors), whole, gradients, gradients, gradients,
-                reduce=self._calls("all_reduce", buckets, self.everyone),
+                reduce=tuple(
+                    self.costs.meet("all_reduce", size, self.everyone) for size in buckets.values()
+                ),
                 reserved_bytes=gradients,
             )  # fmt: skip
         padded = [padded_elements(size, dtype, self.num) for dtype, size in buckets.items()]
         share = sum(padded) // self.num
+        call = self.costs.call if how == "shard_gradients" else self.costs.meet
         return Unit(
             name, tuple(tensors), whole, gradients, share, share,
-            reduce=self._scatter(padded),
+            reduce=self._scatter(padded, call),
             each_microbatch=how == "shard_gradients",
-            after_update=tuple(self.costs.call("all_gather", size, self.data) for size in padded),
+            after_update=tuple(call("all_gather", size, self.data) for size in padded),
             reserved_bytes=share if how == "shard_gradients" else share + sum(padded),
             buffer_bytes=sum(padded) if how == "shard_gradients" else 0,
         )  # fmt: skip
@@ -163,7 +168,9 @@ class _Maker:
         gather = self._slower(
             (self.costs.call("all_gather", whole, self.data),) if whole else (), GATHER
         )
-        reduce = self._slower(self._scatter([gradients] if gradients else []), REDUCE)
+        reduce = self._slower(
+            self._scatter([gradients] if gradients else [], self.costs.call), REDUCE
+        )
         unit = Unit(
             name, tuple(tensors),
             held_bytes=whole // self.num,
@@ -191,18 +198,15 @@ class _Maker:
         """The calls with what FSDP2 adds to the first: it copies in and out."""
         return (*(self.costs.slower(call, name) for call in calls[:1]), *calls[1:])
 
-    def _scatter(self, sizes: Iterable[int]) -> tuple[Call, ...]:
+    def _scatter(
+        self, sizes: Iterable[int], call: Callable[[str, int, tuple[int, ...]], Call]
+    ) -> tuple[Call, ...]:
         calls = []
         for size in sizes:
-            calls.append(self.costs.call("reduce_scatter", size, self.data))
+            calls.append(call("reduce_scatter", size, self.data))
             if len(self.replicas) > 1:
                 calls.append(self.costs.call("all_reduce", size // self.num, self.replicas))
         return tuple(calls)
-
-    def _calls(
-        self, kind: str, sizes: Mapping[str, int], ranks: tuple[int, ...]
-    ) -> tuple[Call, ...]:
-        return tuple(self.costs.call(kind, size, ranks) for size in sizes.values())
 
 
 def _by_dtype(tensors: Iterable[Tensor]) -> dict[str, int]:

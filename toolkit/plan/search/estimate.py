@@ -197,11 +197,15 @@ class Estimator:
         gathers, back_gathers = [0.0] * len(forward), [0.0] * len(forward)
         reduces = [float(s) for s in sync]
         each, downs, fetches = ([0.0] * len(forward) for _ in range(3))
+        meets, met_s = self.site.meets(zero), 0.0
         for unit in held:
             gathers[unit.item - begin] += self.num_passes * unit.gather_s
             if not unit.is_root:
                 back_gathers[unit.item - begin] += unit.gather_s
-            reduces[unit.item - begin] += unit.reduce_s
+            if meets:  # after the last backward
+                met_s += unit.reduce_s
+            else:
+                reduces[unit.item - begin] += unit.reduce_s
             downs[unit.item - begin] += unit.drop_s + unit.down_s * self._lands(zero)
             fetches[unit.item - begin] += unit.fetch_s
             if zero == "shard_gradients":
@@ -222,8 +226,8 @@ class Estimator:
             max(middle_s, sum(each)),
             sum(weights),
             last_s,
-            max(last_s, reduced_s),
-            max(0.0, later_s - sum(weights)),
+            max(last_s, reduced_s) + met_s,
+            max(0.0, later_s - sum(weights)) + met_s,
             before_s,
             sum(forward) + sum(backward),
             float(rows.earlier[begin:end].sum()),

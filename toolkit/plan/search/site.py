@@ -14,7 +14,7 @@ from toolkit.hardware import Cluster
 from toolkit.hardware.device import Device
 from toolkit.plan.order.action import Rows
 from toolkit.plan.plan import Axis as MeshAxis
-from toolkit.plan.plan import AxisName, Offload, Plan
+from toolkit.plan.plan import AxisName, How, Offload, Plan
 from toolkit.plan.predict.costs import Costs
 from toolkit.plan.search.layouts import Axis
 from toolkit.plan.subject import Subject
@@ -105,13 +105,30 @@ class Site:
         wanted = self.kinds[kind]
         return tuple(i for i, found in enumerate(self.classes) if found == wanted)
 
-    def data_s(self, kind: str, num_bytes: int, position: int, axis: AxisName = "data") -> float:
-        """Seconds of a collective along the data (or replica) axis at a position."""
-        key = (kind, num_bytes, self.classes[position], axis)
+    def data_s(
+        self,
+        kind: str,
+        num_bytes: int,
+        position: int,
+        axis: AxisName = "data",
+        *,
+        meet: bool = False,
+    ) -> float:
+        """Seconds of a collective along the data (or replica) axis at a position; in memory where
+        ranks `meet` and can.
+        """
+        key = (kind, num_bytes, self.classes[position], axis, meet)
         if key not in self._seen:
             ranks = self.costs.group((axis,), position)
-            self._seen[key] = self.costs.call(kind, num_bytes, ranks).seconds
+            call = self.costs.meet if meet else self.costs.call
+            self._seen[key] = call(kind, num_bytes, ranks).seconds
         return self._seen[key]
+
+    def meets(self, zero: How) -> bool:
+        """Whether gradients are reduced in memory, after the last backward."""
+        if zero not in ("replicate", "shard_optimizer") or not self.costs.is_cpu:
+            return False
+        return self.costs.meets(self.costs.group(("data",), 0))
 
     def send_s(self, num_bytes: int, sender: int, receiver: int) -> float:
         """Seconds of a message between two positions."""

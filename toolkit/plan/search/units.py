@@ -45,9 +45,9 @@ def on_device(
     gradients = sum(part.num_bytes for part in trained)
     data_s = site.data_s
 
-    def scatter_s(size: int) -> float:
+    def scatter_s(size: int, *, meet: bool = False) -> float:
         """Of what is scattered inside a group, the groups add up their shares."""
-        within = data_s("reduce_scatter", size, position)
+        within = data_s("reduce_scatter", size, position, meet=meet)
         return within + (data_s("all_reduce", size // n, position, "replica") if apart else 0.0)
 
     if n == 1:
@@ -61,14 +61,15 @@ def on_device(
             padded // n, reached, reached // n, 0, reached // n,
         )  # fmt: skip
     if zero == "replicate":
-        reduce_s = data_s("all_reduce", gradients, position) if gradients else 0.0
+        reduce_s = data_s("all_reduce", gradients, position, meet=True) if gradients else 0.0
         kept = (gradients,) * 4
         return Unit(item, is_root, 0, 0.0, reduce_s, 0.0, whole, *kept)
     flat = padded_elements(gradients, parts[0].dtype, n)
     share = flat // n
+    meet = zero == "shard_optimizer"
     return Unit(
-        item, is_root, 0, 0.0, scatter_s(flat),
-        data_s("all_gather", flat, position), whole, gradients, share,
+        item, is_root, 0, 0.0, scatter_s(flat, meet=meet),
+        data_s("all_gather", flat, position, meet=meet), whole, gradients, share,
         share if zero == "shard_gradients" else share + flat, share,
     )  # fmt: skip
 
