@@ -66,7 +66,7 @@ def test_the_published_schedule_reads_as_published():
 
 
 def test_search_matches_the_published_schedule_and_proves_it_optimal():
-    found = search(published_interlaced(), 6, time_limit_s=30)
+    found = search(published_interlaced(), 6, time_limit_s=200)
     found.schedule.check()
     assert found.schedule.makespan == 60 == found.bound.value
     assert (
@@ -81,7 +81,7 @@ def test_search_matches_the_published_schedule_and_proves_it_optimal():
 
 
 def test_its_steady_state_stays_optimal_for_more_microbatches():
-    steady = repetend.search(published_interlaced())
+    steady = repetend.search(published_interlaced(), time_limit_s=120)
     for m in (8, 24):
         periodic = steady.repeat(m)
         schedule = Clock(periodic.problem, periodic.rows).schedule()
@@ -110,7 +110,10 @@ def test_five_microbatches_of_memory_cannot_repeat_faster_than_9():
 def test_two_microbatches_together_may_repeat_faster_than_one():
     stages = [Stage(3, 4, 0), Stage(3, 2, 0), Stage(2, 3, 0)]
     one = chain([(0,), (1,), (2,)], stages, memory_limit=2)
-    alone, pair = repetend.search(one), repetend.search(one, together=2, time_limit_s=60)
+    alone, pair = (
+        repetend.search(one, time_limit_s=120),
+        repetend.search(one, together=2, time_limit_s=60),
+    )
     assert alone.proved
     assert alone.period == pytest.approx(10)
     assert pair.proved

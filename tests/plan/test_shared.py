@@ -16,7 +16,7 @@ RANKS = str(Path(__file__).with_name("shared_ranks.py"))
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_sums_are_torch_s_over_random_buffers(num_ranks: int, tmp_path: Path) -> None:
-    launch.run([RANKS, str(tmp_path), "12"], num_ranks)
+    launch.run([RANKS, str(tmp_path), "6"], num_ranks)
 
 
 def test_without_memory_for_files_there_are_plain_buffers(tmp_path: Path) -> None:
