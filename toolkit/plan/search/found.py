@@ -237,6 +237,13 @@ def _nothing(extras: Extras, limit: float) -> InfeasibleError:
 
 def _infeasible(outer: Outer, limit: float) -> InfeasibleError:
     nearest = outer.trials.nearest
+    if nearest is None and outer.stopped:
+        return InfeasibleError(
+            f"no plan of {outer.subject.model} on {outer.num_ranks} devices of "
+            f"{outer.cluster.name} was found in the time given: {outer.trials.considered} were "
+            "considered",
+            remedy="give the search more time, or narrow it by constraints",
+        )
     if nearest is None:
         return InfeasibleError(
             f"no plan of {outer.subject.model} on {outer.num_ranks} devices of "

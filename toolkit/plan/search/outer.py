@@ -28,6 +28,7 @@ from toolkit.plan.search.choice import Weights
 from toolkit.plan.search.constraints import Constraints
 from toolkit.plan.search.frontier import Frontier
 from toolkit.plan.search.rows import Rows
+from toolkit.plan.search.site import Mesh
 from toolkit.plan.search.space import Ground, Space
 from toolkit.plan.search.stack import Layouts
 from toolkit.plan.search.trial import Split, Trials
@@ -129,15 +130,28 @@ class Outer:
         self._with_host()
 
     def _known(self, grounds: Sequence[_Waiting]) -> None:
-        """Look at all grounds with operators whole, or split as is known."""
+        """Look at all grounds with operators whole, or split as is known. Where one does not fit,
+        the same mesh with its smallest microbatches is next: there is something soon.
+        """
+        smallest: dict[Mesh, _Waiting] = {}
         for one in grounds:
-            if self._out_of_time():
-                return
-            if self._beaten(one):
-                self.pruned += not one.ground.mesh.inner > 1
-                continue
-            self._tell(one.ground)
-            self.trials.look_at(one.ground, self._usual(one.ground))
+            known = smallest.setdefault(one.ground.mesh, one)
+            if one.ground.num_samples < known.ground.num_samples:
+                smallest[one.ground.mesh] = one
+        looked: set[Ground] = set()
+        for first in grounds:
+            for one in (first, smallest[first.ground.mesh]):
+                if self._out_of_time():
+                    return
+                if one.ground in looked:
+                    continue
+                if self._beaten(one):
+                    self.pruned += one is first and not one.ground.mesh.inner > 1
+                    continue
+                looked.add(one.ground)
+                self._tell(one.ground)
+                if self.trials.look_at(one.ground, self._usual(one.ground)):
+                    break
 
     def _searched(
         self, grounds: Sequence[_Waiting], tight: list[_Waiting], slower: list[Ground]
