@@ -14,6 +14,7 @@ from toolkit.plan import check, library, predict, subject
 from toolkit.plan.order import families
 from toolkit.plan.search import Constraints, constraints, search
 from toolkit.plan.search.finalists import written
+from toolkit.plan.search.found import _infeasible
 from toolkit.plan.search.inter_op import cut
 from toolkit.plan.search.outer import Outer
 from toolkit.plan.search.schedules import alive, timed
@@ -48,6 +49,28 @@ def outer(traced, cluster, limit=math.inf, looks=math.inf, **wanted) -> Outer:
         traced, cluster, cluster.num_devices, limit, Constraints(**wanted), None,
         looks, lambda _doing, _best: None, clock=lambda: float(next(count)),
     )  # fmt: skip
+
+
+def test_little_time_finds_something_where_only_small_microbatches_fit(eight) -> None:
+    """What is most promising has large microbatches: four looks in that order found nothing."""
+    traced = subject.load("gpt-tiny", batch=256, tokens=64)
+    wanted = {"splits": ["regions"], "schedules": ["1f1b"], "parameters": ["replicate"]}
+    single = outer(traced, eight, microbatch_size=1, **wanted)
+    single.run()
+    least = min(one.peak_bytes for one in single.frontier.members)
+    hurried = outer(traced, eight, 2 * least, looks=4, recompute=["all"], **wanted)
+    hurried.run()
+    assert hurried.stopped
+    assert hurried.frontier.best is not None
+
+
+def test_a_search_that_ran_out_of_time_says_so(gpt, eight) -> None:
+    unfinished = outer(gpt, eight)
+    assert "no schedule runs" in str(_infeasible(unfinished, math.inf))
+    unfinished.stopped = True
+    said = str(_infeasible(unfinished, math.inf))
+    assert "in the time given" in said
+    assert "more time" in said
 
 
 def test_the_plan_is_checked_predicted_and_no_slower_than_any_library_plan(gpt, eight) -> None:
