@@ -1,7 +1,7 @@
 """Collectives through memory, for ranks that are processes on one machine and compute on its CPUs.
 
-A group's loopback connections copy every byte four times and keep a core busy that the ranks
-compute on. Here each rank's buffers lie in a file in memory that the others have open: a rank
+Over loopback connections every byte goes through sockets, by the cores that the ranks compute on.
+Here each rank's buffers lie in a file in memory that the others have open: a rank
 reads its n-th of everybody's, and writes what comes out to all. It reads through the file rather
 than mapping it, so what others hold never counts as its own.
 

@@ -37,7 +37,7 @@ from toolkit.plan.lower.data import (
     size,
     take,
     units,
-)  # fmt: skip
+)
 from toolkit.plan.lower.lowered import Landed, whole
 from toolkit.plan.lower.piece import Piece
 
