@@ -10,6 +10,7 @@ import pytest
 from toolkit.hardware import find_cluster
 from toolkit.plan import launch, library, subject
 from toolkit.plan.predict.costs import Costs
+from toolkit.plan.search.site import Mesh, Site
 
 RANKS = str(Path(__file__).with_name("shared_ranks.py"))
 
@@ -40,3 +41,20 @@ def test_only_cpus_of_one_machine_meet() -> None:
     assert called == apart.call("all_reduce", 1 << 20, (0, 1))
     gpus = Costs(replace(plan), find_cluster("h100x8"))
     assert gpus.meet("all_reduce", 1 << 20, (0, 1)) == gpus.call("all_reduce", 1 << 20, (0, 1))
+
+
+def test_the_search_sums_in_memory_only_what_no_program_runs() -> None:
+    """The own executor reduces over the network: its plans are priced by that."""
+    found, cluster = subject.load("gpt-tiny", batch=8), find_cluster("cpux4")
+    native, program = (
+        Site(found, cluster, Mesh(data=2, tensor=2), by_program=by) for by in (False, True)
+    )
+    size, ranks = 1 << 20, native.costs.group(("data",), 0)
+    met, called = (
+        native.costs.meet("all_reduce", size, ranks),
+        native.costs.call("all_reduce", size, ranks),
+    )
+    assert native.meets("replicate")
+    assert not program.meets("replicate")
+    assert native.data_s("all_reduce", size, 0, meet=True) == met.seconds
+    assert program.data_s("all_reduce", size, 0, meet=True) == called.seconds != met.seconds

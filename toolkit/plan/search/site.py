@@ -64,12 +64,15 @@ class PositionClass(NamedTuple):
 
 @dataclass
 class Site:
-    """A mesh on a cluster. Everything is priced by `predict.costs`, as predictions are."""
+    """A mesh on a cluster. Everything is priced by `predict.costs`, as predictions are. The own
+    executor, where that is what runs `by_program`, has no sums in memory.
+    """
 
     subject: Subject
     cluster: Cluster
     mesh: Mesh
     calibration: Calibration | None = None
+    by_program: bool = False
     _seen: dict[object, float] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -117,6 +120,7 @@ class Site:
         """Seconds of a collective along the data (or replica) axis at a position; in memory where
         ranks `meet` and can.
         """
+        meet = meet and not self.by_program
         key = (kind, num_bytes, self.classes[position], axis, meet)
         if key not in self._seen:
             ranks = self.costs.group((axis,), position)
@@ -126,7 +130,7 @@ class Site:
 
     def meets(self, zero: How) -> bool:
         """Whether gradients are reduced in memory, after the last backward."""
-        if zero not in ("replicate", "shard_optimizer") or not self.costs.is_cpu:
+        if zero not in ("replicate", "shard_optimizer") or self.by_program or not self.costs.is_cpu:
             return False
         return self.costs.meets(self.costs.group(("data",), 0))
 

@@ -91,12 +91,17 @@ class Trials:
         the best; return whether all fit.
         """
         bench = self.bench
-        sites = [
-            Site(bench.subject, bench.cluster, mesh, bench.calibration)
-            for mesh in self._grouped(ground.mesh)
-        ]
+        grouped = self._grouped(ground.mesh)
+        ways = {
+            by_program: [
+                Site(bench.subject, bench.cluster, mesh, bench.calibration, by_program)
+                for mesh in grouped
+            ]
+            for by_program in (False, True)
+        }
         fit = True
         for split in splits:
+            sites = ways[self._by_program(split.name, ground.mesh)]
             for site in sites:
                 here = ground._replace(mesh=site.mesh)
                 estimator = bench.estimator(site, split.stack, split.layouts, here)
@@ -122,7 +127,8 @@ class Trials:
         parameters are whole.
         """
         bench = self.bench
-        site = Site(bench.subject, bench.cluster, ground.mesh, bench.calibration)
+        by_program = self._by_program(split.name, ground.mesh)
+        site = Site(bench.subject, bench.cluster, ground.mesh, bench.calibration, by_program)
         estimator = bench.estimator(site, split.stack, split.layouts, ground)
         arranger = Arranger(estimator, self.outline.starts)
         trial = _Trial(ground, split, arranger, "none")
