@@ -22,6 +22,7 @@ from toolkit.plan.library import dap, grid, interlaced, three_f_one_b
 from toolkit.plan.plan import OFFLOADS, Alternative, Plan
 from toolkit.plan.program import pattern, regions
 from toolkit.plan.search.constraints import Constraints
+from toolkit.plan.search.frontier import cut
 from toolkit.plan.search.outer import FAR, Outer, Progress
 from toolkit.plan.search.space import Ground, Space
 from toolkit.plan.search.trial import Split
@@ -376,7 +377,4 @@ def _few(grounds: Sequence[Ground], key: Callable[[Ground], object]) -> list[Gro
 
 def _name(kind: str, ground: Ground, again: bool) -> str:
     recomputed = ", blocks recomputed" if again else ""
-    return (
-        f"{kind}: {ground.mesh}, {ground.microbatches} microbatches of {ground.num_samples}"
-        f"{recomputed}"
-    )
+    return f"{kind}: {ground.mesh}, {cut(ground.microbatches, ground.num_samples)}{recomputed}"

@@ -18,6 +18,15 @@ _WAYS = {
 }
 
 
+def cut(microbatches: int, num_samples: int) -> str:
+    """How a batch is cut, in words.
+
+    >>> cut(8, 4), cut(1, 4)
+    ('8 microbatches of 4', '1 microbatch of 4')
+    """
+    return f"{microbatches} microbatch{'es' * (microbatches > 1)} of {num_samples}"
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One whole choice, estimated. `split` says how operators are split over the inner axes."""
@@ -47,7 +56,7 @@ class Candidate:
     @property
     def description(self) -> str:
         """What it is, in one line."""
-        parts = [str(self.mesh), f"{self.microbatches} microbatches of {self.num_samples}"]
+        parts = [str(self.mesh), cut(self.microbatches, self.num_samples)]
         if self.mesh.pipeline > 1:
             parts.append(self.schedule)
         if self.mesh.data > 1:
