@@ -96,7 +96,8 @@ def search(
             time_limit_s=time_limit,
             constraints=given,
             calibration=measured,
-            num_finalists=max(measure or 0, finalists.FEWEST),
+            num_finalists=measure or finalists.FEWEST,
+            varied=measure is not None,
             progress=progress,
         )
         timed: tuple[Timed, ...] = ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from toolkit.errors import UsageError
@@ -17,6 +19,8 @@ from toolkit.plan.subject import Subject
 
 # So many are predicted in full at least, and ranked by that.
 FEWEST = 4
+# What is predicted to take at most this much more than the fastest may be as fast.
+NEARLY = 1.1
 # Operators times ranks that are predicted one by one.
 _MOST_WRITTEN = 4096
 
@@ -36,9 +40,12 @@ class Finalist:
         return self.plan.prediction.step_s
 
 
-def finalists(outer: Outer, limit: float, count: int = FEWEST) -> list[Finalist]:
+def finalists(
+    outer: Outer, limit: float, count: int = FEWEST, *, varied: bool = False
+) -> list[Finalist]:
     """Predict the fastest `count` in full, and of the others until one fits; return those that fit,
-    the fastest first.
+    the fastest first. `varied`: of those nearly as fast as the fastest, first one of each size of
+    microbatches on each mesh.
 
     Where operators are split, a prediction prices one that reads a tensor whole at the shape the
     tensor is made in, a part: there the estimate is heeded, too. Raises InfeasibleError when only
@@ -46,7 +53,8 @@ def finalists(outer: Outer, limit: float, count: int = FEWEST) -> list[Finalist]
     """
     found: list[Finalist] = []
     frontier = outer.frontier
-    tried = {id(one): one for one in (*frontier.fastest, *frontier.members)}.values()
+    fastest = _varied(frontier.fastest) if varied else frontier.fastest
+    tried = {id(one): one for one in (*fastest, *frontier.members)}.values()
     for place, candidate in enumerate(tried):
         if place >= count and any(_fits(one.plan) for one in found):
             break
@@ -62,6 +70,21 @@ def finalists(outer: Outer, limit: float, count: int = FEWEST) -> list[Finalist]
     if not fitting:
         planner.check_memory(min(found, key=lambda one: _peak_bytes(one.plan)).plan)
     return sorted(fitting, key=lambda one: one.step_s)
+
+
+def _varied(fastest: Sequence[Candidate]) -> list[Candidate]:
+    """Candidates in order of time, those whose mesh and microbatches had no other before them first
+    where they are nearly as fast as the fastest.
+    """
+    met: Counter[object] = Counter()
+    turns = []
+    for one in fastest:
+        key = (one.mesh, one.num_samples, one.schedule)
+        far = one.step_s > NEARLY * fastest[0].step_s
+        turns.append((far, met[key], one.step_s))
+        met[key] += 1
+    order = sorted(range(len(turns)), key=turns.__getitem__)
+    return [fastest[place] for place in order]
 
 
 def written(candidate: Candidate, outer: Outer) -> Plan:

@@ -15,7 +15,7 @@ from toolkit.plan import chain, predict, recycling
 from toolkit.plan.plan import PIPELINED_WAYS, Plan
 from toolkit.plan.search.constraints import Constraints
 from toolkit.plan.search.extras import Extras, Written
-from toolkit.plan.search.finalists import FEWEST, Finalist, finalists
+from toolkit.plan.search.finalists import FEWEST, NEARLY, Finalist, finalists
 from toolkit.plan.search.frontier import Candidate
 from toolkit.plan.search.outer import Outer, Progress
 from toolkit.plan.search.space import Ground
@@ -73,13 +73,16 @@ def search(
     constraints: Constraints | None = None,
     calibration: Calibration | None = None,
     num_finalists: int = FEWEST,
+    varied: bool = False,
     progress: Progress = lambda _doing, _best_s: None,
 ) -> Found:
     """Return the best plan found for `subject` on `num_ranks` devices (default: all).
 
-    So many as `num_finalists` are predicted in full. `progress` is told what is being looked at and
-    the best step so far. Raises InfeasibleError with the nearest candidate and what binds when
-    nothing fits, or nothing divides.
+    So many as `num_finalists` are predicted in full; for a measurement they are `varied`: sizes of
+    microbatches that are predicted nearly as fast come before other ways of holding parameters, as
+    predictions know no caches. `progress` is told what is being looked at and the best step so far.
+    Raises InfeasibleError with the nearest candidate and what binds when nothing fits, or nothing
+    divides.
     """
     began = time.monotonic()
     ranks = num_ranks or cluster.num_devices
@@ -102,11 +105,12 @@ def search(
             progress=progress,
         )
         outer.run()
+        _look_at_smaller(outer)
     extras = Extras(
         subject, cluster, ranks, min(limit, own), rules, calibration, deadline, progress, outer
     )
     others: list[Candidate | Written] = list(extras.run())
-    last, changes = _best(outer, extras, min(limit, own), num_finalists)
+    last, changes = _best(outer, extras, min(limit, own), num_finalists, varied=varied)
     best = last[0].candidate
     if outer is not None:
         others += [*outer.frontier.fastest, *outer.frontier.members]
@@ -145,8 +149,16 @@ def _can_lay_out(subject: Subject) -> bool:
     return learns[-1] and not any(learns[:-1])
 
 
+def _look_at_smaller(outer: Outer) -> None:
+    """Look at the best's mesh with smaller microbatches: nearly as fast, they hold less."""
+    best = outer.frontier.best
+    for ground in list(outer.space.grounds()) if best and not outer.stopped else ():
+        if best and ground.mesh == best.mesh and ground.num_samples < best.num_samples:
+            outer.look_at(ground, NEARLY)
+
+
 def _best(
-    outer: Outer | None, extras: Extras, limit: float, count: int
+    outer: Outer | None, extras: Extras, limit: float, count: int, *, varied: bool
 ) -> tuple[list[Finalist], tuple[Change, ...]]:
     """Return the fastest plans as predicted, the best first. Raises InfeasibleError when there is
     none.
@@ -157,7 +169,7 @@ def _best(
             raise _nothing(extras, limit) if outer is None else _infeasible(outer, limit)
         return written, ()
     try:
-        last = finalists(outer, limit, count)
+        last = finalists(outer, limit, count, varied=varied)
     except InfeasibleError:
         if not written:
             raise

@@ -93,7 +93,7 @@ class Unfit:
 class Frontier:
     """Keeps what no other candidate beats, and the fastest few."""
 
-    num_fastest: int = 8
+    num_fastest: int = 16
     members: list[Candidate] = field(default_factory=list)
     fastest: list[Candidate] = field(default_factory=list)
 
