@@ -152,8 +152,12 @@ def _can_lay_out(subject: Subject) -> bool:
 def _look_at_smaller(outer: Outer) -> None:
     """Look at the best's mesh with smaller microbatches: nearly as fast, they hold less."""
     best = outer.frontier.best
-    for ground in list(outer.space.grounds()) if best and not outer.stopped else ():
-        if best and ground.mesh == best.mesh and ground.num_samples < best.num_samples:
+    if best is None:
+        return
+    for ground in outer.space.grounds():
+        if outer.out_of_time():
+            return
+        if ground.mesh == best.mesh and ground.num_samples < best.num_samples:
             outer.look_at(ground, NEARLY)
 
 

@@ -123,7 +123,7 @@ class Outer:
             self.look_at(one.ground)
         # What cannot be faster may hold less: the frontier's other end.
         for ground in slower[:_SLOWER]:
-            if self._out_of_time():
+            if self.out_of_time():
                 return
             self._tell(ground)
             self.look_at(ground, FAR)
@@ -141,7 +141,7 @@ class Outer:
         looked: set[Ground] = set()
         for first in grounds:
             for one in (first, smallest[first.ground.mesh]):
-                if self._out_of_time():
+                if self.out_of_time():
                     return
                 if one.ground in looked:
                     continue
@@ -165,7 +165,7 @@ class Outer:
         waiting = [one for one in grounds if one.ground.mesh.inner > 1]
         heapq.heapify(waiting)
         laid_out: dict[Ground, Layouts] = {}
-        while waiting and not self._out_of_time():
+        while waiting and not self.out_of_time():
             one = heapq.heappop(waiting)
             ground = one.ground
             if self._beaten(one):
@@ -192,7 +192,7 @@ class Outer:
     def _leaner(self, grounds: Sequence[_Waiting]) -> None:
         """Look at grounds where memory ran out with operators split to hold less."""
         for one in sorted(grounds):
-            if self._out_of_time():
+            if self.out_of_time():
                 return
             if not self._beaten(one):
                 self._tell(one.ground)
@@ -236,7 +236,8 @@ class Outer:
         rows = self.bench.base_rows(num_samples)
         return float((rows.saved + rows.temporary).max())
 
-    def _out_of_time(self) -> bool:
+    def out_of_time(self) -> bool:
+        """Whether the search has to stop, which is then on record."""
         # Something is looked at however little time there is.
         if self.trials.considered and self.clock() > self.deadline:
             self.stopped = True
@@ -278,7 +279,7 @@ class Outer:
                 found.append((self.bound(ground)[0], ground))
         for number, (bound_s, ground) in enumerate(sorted(found)):
             best = self.frontier.best
-            if self._out_of_time() or (best and (number >= _HOSTED or bound_s > best.step_s)):
+            if self.out_of_time() or (best and (number >= _HOSTED or bound_s > best.step_s)):
                 return
             self._tell(ground)
             self.look_at(ground)
