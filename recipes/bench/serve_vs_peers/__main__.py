@@ -51,7 +51,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = options.peers_folder
     logs = Path(tempfile.mkdtemp(prefix="toolkit-peers-"))
-    place = Place(folder, folder / "models", options.threads or usable_cores(), logs)
+    threads = options.threads or usable_cores()
+    place = Place(folder, folder / "models", threads, logs, options.sequences)
     body: dict[str, Any] = {}
     if options.list:
         listed(place)
@@ -72,6 +73,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(_CASES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of each contender; default every core")
+    parser.add_argument("--sequences", type=int, default=32, help="computed at once, at most (N)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peers-folder", type=Path, default=Path.home() / ".cache/toolkit-peers")
     parser.add_argument("--list", action="store_true", help="say who is installed, and how to")
@@ -126,6 +128,7 @@ def compared(place: Place, options: argparse.Namespace) -> dict[str, Any]:
         "contenders": {each.name: each.settings for each in here},
         "weights": {each.name: each.weights for each in here},
         "threads": place.threads,
+        "sequences": place.sequences,
         "seed": options.seed,
         "command": " ".join(sys.argv),
         "rounds": rounds,

@@ -42,12 +42,16 @@ python -m venv {peers}/transformers
 
 @dataclass(frozen=True)
 class Place:
-    """Where peers and models are, how many threads each contender gets, and where logs go."""
+    """Where peers and models are, where logs go, and what each contender may use.
+
+    `sequences` at once is for those that have to be told; vLLM's own limit is 256.
+    """
 
     peers: Path
     models: Path
     threads: int
     logs: Path
+    sequences: int = 32
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def _toolkit(mode: str, weights: str) -> Contender:
         command = [sys.executable, "-m", "toolkit", "serve", "run", "smollm2-135m"]
         command += ["--quantize", mode, "--threads", str(place.threads), "--port", "{port}"]
         command += ["--kv-memory", "2GiB", "--no-prefix-cache"]
+        command += ["--max-batch", str(place.sequences)]
         return Server(command, {}, log, {})
 
     settings = f"--quantize {mode} --no-prefix-cache, 256 tokens a step, else as it comes"
@@ -93,14 +98,15 @@ def _llama(file: str, name: str, weights: str) -> Contender:
     def start(place: Place, log: Path) -> Running:
         threads = str(place.threads)
         command = [str(binary(place)), "-m", str(place.models / file), "-t", threads]
-        command += ["-tb", threads, "-np", "32", "-c", "65536", "--cache-ram", "0"]
+        command += ["-tb", threads, "-np", str(place.sequences)]
+        command += ["-c", str(2048 * place.sequences), "--cache-ram", "0"]
         command += ["--host", "127.0.0.1", "--port", "{port}"]
         return Server(command, {}, log, {"cache_prompt": False})
 
     return Contender(
         f"llama.cpp-{name}",
         weights,
-        "-t 2 -tb 2 -np 32 -c 65536 --cache-ram 0, cache_prompt false",
+        "-t 2 -tb 2 -np N -c (2,048 N) --cache-ram 0, cache_prompt false",
         start,
         lambda place: (binary(place), place.models / file),
         "llama.cpp",
@@ -114,13 +120,14 @@ def _openvino(folder: str, name: str, weights: str) -> Contender:
     def start(place: Place, log: Path) -> Running:
         script = str(_HERE / "openvino_driver.py")
         model = str(place.models / folder)
-        return Driver([str(python(place)), script, model, str(place.threads), "256"], {}, log)
+        limits = [str(place.threads), "256", str(place.sequences)]
+        return Driver([str(python(place)), script, model, *limits], {}, log)
 
     return Contender(
         f"openvino-{name}",
         weights,
         "ContinuousBatchingPipeline in the driver's process (no HTTP), 2 threads, 256 tokens a "
-        "step, 32 sequences, no prefix cache",
+        "step, N sequences, no prefix cache",
         start,
         lambda place: (python(place), place.models / folder / "openvino_model.bin"),
         "openvino",

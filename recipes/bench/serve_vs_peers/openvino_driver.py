@@ -1,6 +1,6 @@
 """OpenVINO GenAI's continuous batching under a load, in one process; runs in its environment.
 
-    python openvino_driver.py MODEL_FOLDER THREADS STEP_TOKENS
+    python openvino_driver.py MODEL_FOLDER THREADS STEP_TOKENS SEQUENCES
 
 A line of JSON in is a load, `{"requests": [{"at_s", "prompt", "output_tokens"}]}`, or a text to
 judge, `{"windows": [[ids]]}`; the line out is a sample a request, or the mean negative
@@ -17,10 +17,10 @@ import openvino as ov
 import openvino_genai as genai
 
 
-def pipeline(folder, threads, step_tokens):
+def pipeline(folder, threads, step_tokens, sequences):
     config = genai.SchedulerConfig()
     config.max_num_batched_tokens = step_tokens
-    config.max_num_seqs = 32
+    config.max_num_seqs = sequences
     config.cache_size = 2
     config.dynamic_split_fuse = True
     config.enable_prefix_caching = False
@@ -85,11 +85,12 @@ def mean_nll(folder, threads, windows):
 
 
 def main():
-    folder, threads, step_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    folder = sys.argv[1]
+    threads, step_tokens, sequences = map(int, sys.argv[2:5])
     # What libraries print goes to the log, not between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    pipe = pipeline(folder, threads, step_tokens)
+    pipe = pipeline(folder, threads, step_tokens, sequences)
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
         job = json.loads(line)
