@@ -73,7 +73,7 @@ class _Flaky:
         file.read(offset, buffers)
 
 
-_STEPS = ["search", "search", "prefetch", "cancel", "read", "evict", "clear", "fail"]
+_STEPS = ["search", "search", "search", "prefetch", "cancel", "read", "evict", "clear", "fail"]
 _OPS = st.lists(
     st.tuples(
         st.sampled_from(_STEPS),
@@ -143,7 +143,7 @@ def _play(made: Made, ops: list[tuple[str, int]], budget: float, name: str, seed
 
 
 def _search(made: Made, tiers: Tiers, draw: np.random.Generator, number: int) -> None:
-    batch = 1 + number % 3
+    batch = 1 + number % 5
     queries = draw.normal(size=(batch, made.store.quantizer.dims)).astype(np.float32)
     if number % 2:  # near the many equal vectors, so that ties decide
         queries[0] = made.plain.vectors[0]

@@ -53,12 +53,18 @@ def add(
     `passages`, one a vector and in the same order, get the same ids. Memory: about `memory_bytes`,
     one batch, and 8 bytes a passage; disk: the segment twice over while it is written. `progress`
     is told how many vectors have been taken. When this returns, they outlive a crash. Raises
-    UsageError for vectors of another width or not finite, and when the counts differ.
+    UsageError for vectors of another width or not finite, when the counts differ, and when the
+    store holds vectors with passages and these have none, or the other way round.
     """
     with _changing(path):
         manifest = read_manifest(path)
         quantizer = stores.read_quantizer(path, manifest)
         first_id = end_id = manifest.next_id
+        if any(bool(info.texts) != (passages is not None) for info in manifest.segments):
+            raise UsageError(
+                f"{path} holds vectors {'without' if passages is not None else 'with'} passages",
+                remedy="add them alike, or to another store",
+            )
         with _new_segment(path, manifest) as folder:
             spill = Spill(folder / "spill", quantizer, memory_bytes=memory_bytes)
             with contextlib.closing(spill):
