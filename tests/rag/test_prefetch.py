@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -155,6 +156,44 @@ def test_leaving_early_cancels_what_waits(store: Store) -> None:
         ahead.revise(text(0.25))
     assert not machine.tiers.read_one()
     assert all(entry.wanted == 0 for entry in machine.tiers._entries.values())
+
+
+def test_lookaheads_at_once_with_real_readers_change_no_result(store: Store) -> None:
+    """Threads begin, revise, settle and leave in each other's way, in a third of the memory."""
+    tiers = Tiers(store, budget_bytes=_total(store) // 3)
+    quiet = Tiers(store, budget_bytes=_total(store), num_readers=0)
+    pace = Pace(bytes_per_s=1e9)
+    wrong: list[object] = []
+
+    def ask(first: int) -> None:
+        try:
+            for seed in range(first, first + 15):
+                question, text = _drift(seed)
+                probes = store.quantizer.rank(text(1.0), NPROBE)
+                with Lookahead(tiers, pace, nprobe=NPROBE, num_instalments=3) as ahead:
+                    ahead.begin(question, NUM_TOKENS)
+                    ahead.revise(text(0.3))
+                    ahead.revise(text(0.6))
+                    done = ahead.settle(probes, 2.0)
+                    found = search(tiers, text(1.0)[None], [probes], 10).found[0]
+                with lock:
+                    right = search(quiet, text(1.0)[None], [probes], 10).found[0]
+                if found.ids.tolist() != right.ids.tolist() or done.wasted_bytes < 0:
+                    wrong.append((found, right, done))
+        except BaseException as error:
+            wrong.append(error)
+
+    lock = threading.Lock()
+    threads = [threading.Thread(target=ask, args=(100 * i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert wrong == []
+    assert not any(thread.is_alive() for thread in threads)
+    tiers.close()
+    assert all(entry.wanted == entry.leases == 0 for entry in tiers._entries.values())
+    assert tiers.arena.used_bytes <= tiers.arena.budget_bytes
 
 
 def test_pace_is_measured(store: Store) -> None:

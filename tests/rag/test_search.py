@@ -104,7 +104,7 @@ def test_search_equals_plain_faiss(
     name=st.sampled_from(sorted(POLICIES)),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=4000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_search_equals_plain_faiss_at_length(
     made: Made, ops: list[tuple[str, int]], budget: float, name: str, seed: int
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from toolkit.errors import FormatError, UsageError
+from toolkit.errors import FormatError, ToolkitError, UsageError
 from toolkit.rag.disk import ALIGN_BYTES, DirectFile, throttled
 from toolkit.rag.quantizer import Quantizer
 from toolkit.rag.segment import Segment, SegmentWriter
@@ -194,6 +194,8 @@ def test_reads_fill_buffers_in_pieces(
     with pytest.raises(FormatError, match=r"f is torn: it ends at byte 5242880"):
         file.read(5 * 2**20 - 4096, buffers[:1] + buffers[2:3])
     file.close()
+    with pytest.raises(ToolkitError, match="f at byte 0: Bad file descriptor"):
+        file.read(0, buffers)
 
 
 def test_a_file_system_that_refuses_direct_reads_is_read_all_the_same(tmp_path: Path) -> None:
@@ -211,8 +213,6 @@ def test_a_read_error_names_file_and_offset(
 ) -> None:
     import errno
     import os
-
-    from toolkit.errors import ToolkitError
 
     (tmp_path / "f").write_bytes(bytes(8192))
     file = DirectFile(tmp_path / "f")

@@ -107,8 +107,9 @@ class DirectFile:
         os.close(plain)
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._handle)
+        """Close the file; a read that comes too late fails, and reads no other file's bytes."""
+        handle, self._handle = self._handle, -1
+        os.close(handle)
 
 
 # Fills buffers from a file: DirectFile.read, or what stands in for a slower or a failing disk.

@@ -2,7 +2,8 @@
 
     0       header: magic, version, shapes, id range, checksums                      (4 KiB)
     4 KiB   table: offset, number of vectors and XXH3-64 of every list     (padded to 4 KiB)
-    ...     list 0, list 1, ...: ids int64 [n] | codes uint8 [n, C]   (each padded to 4 KiB)
+    ...     list 0, list 1, ...: ids int64 [n], padded to 64 B | codes uint8 [n, C]
+            (each padded to 4 KiB)
 
 Lists follow one another in the order of their numbers, which is the quantizer's tour: lists that
 one query probes are near one another, and neighbours can be read in one go. Little endian. A list
@@ -46,6 +47,11 @@ def padded(num_bytes: Size) -> Size:
     return -(-num_bytes // ALIGN_BYTES) * ALIGN_BYTES
 
 
+def _codes_at(num: Size) -> Size:
+    """Return where the codes of `num` vectors begin in their block: where a cache line does."""
+    return -(-8 * num // 64) * 64
+
+
 class SegmentWriter:
     """Writes a segment list by list, in the order of their numbers, holding one at a time."""
 
@@ -67,7 +73,7 @@ class SegmentWriter:
         self._next = number + 1
         if not len(ids):
             return
-        data = ids.astype("<i8").tobytes() + codes.tobytes()
+        data = ids.astype("<i8").tobytes().ljust(_codes_at(len(ids)), b"\0") + codes.tobytes()
         data = data.ljust(padded(len(data)), b"\0")
         self._file.write(data)
         self._table[number] = (self._end, len(ids), checksum(data))
@@ -121,7 +127,7 @@ class Segment:
         self.num_vectors = int(header["num_vectors"])
         self.nums = table["num"].astype(np.int64)
         self.offsets = table["offset"].astype(np.int64)
-        self.sizes = padded(self.nums * (8 + self._code_bytes))
+        self.sizes = padded(_codes_at(self.nums) + self.nums * self._code_bytes)
         self._checksums = table["checksum"]
         self.file = DirectFile(path)
 
@@ -140,8 +146,9 @@ class Segment:
     def split(self, number: int, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return views (ids int64 [n], codes uint8 [n, C]) into a list's bytes."""
         num = int(self.nums[number])
-        ids, codes = block[: 8 * num], block[8 * num : num * (8 + self._code_bytes)]
-        return ids.view(np.int64), codes.reshape(num, self._code_bytes)
+        start = _codes_at(num)
+        codes = block[start : start + num * self._code_bytes]
+        return block[: 8 * num].view(np.int64), codes.reshape(num, self._code_bytes)
 
     def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Read and check one list outside any tier: (ids, codes), in memory of their own."""
