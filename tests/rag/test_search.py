@@ -218,6 +218,24 @@ def test_a_list_is_read_once_for_all_who_probe_it(made: Made, cloud: Cloud) -> N
     tiers.close()
 
 
+def test_a_filter_finds_the_best_of_what_it_lets_through(made: Made, cloud: Cloud) -> None:
+    tiers = Tiers(made.store, budget_bytes=made.total_bytes, num_readers=0)
+    draw = np.random.default_rng(0)
+    for share in (0.0, 0.01, 0.3, 1.0):
+        ids = np.flatnonzero(draw.random(COUNT) < share)
+        others = np.union1d(np.setdiff1d(np.arange(COUNT), ids), made.deleted)
+        among = made.store.among(ids)
+        for query in cloud(10, seed=4):
+            lists = made.store.quantizer.rank(query, 9)
+            (found,) = search(tiers, query[None], [lists], 12, among=among).found
+            scores, expected = made.plain.search(query, lists, 12, others)
+            np.testing.assert_array_equal(found.ids, expected)
+            np.testing.assert_array_equal(found.scores, scores)
+    with pytest.raises(UsageError, match=f"give ids from 0 to {COUNT - 1}"):
+        made.store.among(np.array([0, COUNT]))
+    tiers.close()
+
+
 def test_queries_that_make_no_sense_are_refused(made: Made, cloud: Cloud) -> None:
     tiers = Tiers(made.store, budget_bytes=made.total_bytes, num_readers=0)
     query, probes = cloud(1), [np.array([0])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -15,15 +15,12 @@ if TYPE_CHECKING:
     from toolkit.rag.tiers import Tiers
 
 
-class Block:
+class Block(NamedTuple):
     """A list in memory: views into the arena, valid until the next block is asked for."""
 
-    __slots__ = ("codes", "ids", "key")
-
-    def __init__(self, key: Key, ids: np.ndarray, codes: np.ndarray) -> None:
-        self.key = key
-        self.ids = ids  # int64 [n]
-        self.codes = codes  # uint8 [n, C]
+    key: Key
+    ids: np.ndarray  # int64 [n]
+    codes: np.ndarray  # uint8 [n, C]
 
 
 class Demand:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -46,13 +47,19 @@ class Searched:
 
 
 def search(
-    tiers: Tiers, queries_BD: np.ndarray, probes: Sequence[np.ndarray], k: int  # noqa: N803
-) -> Searched:  # fmt: skip
+    tiers: Tiers,
+    queries_BD: np.ndarray,  # noqa: N803
+    probes: Sequence[np.ndarray],
+    k: int,
+    *,
+    among: Any = None,
+) -> Searched:
     """Return the best `k` for each query [B, D] over the lists that `probes[b]` names.
 
     A list that several queries probe is read once and scanned for all of them while it is in the
-    cache. Raises UsageError when k < 1 or shapes disagree, and the error of a list that cannot be
-    read or is corrupt: a result is exact or it is none.
+    cache. `among` is a filter, made once by `store.among(ids)`: only those ids are found. Raises
+    UsageError when k < 1 or shapes disagree, and the error of a list that cannot be read or is
+    corrupt: a result is exact or it is none.
     """
     store = tiers.store
     if k < 1:
@@ -62,6 +69,7 @@ def search(
             f"queries of shape {queries_BD.shape} for {len(probes)} sets of probes and an index "
             f"of {store.quantizer.dims} dims"
         )
+    alive = store.alive if among is None else among
     keys = [store.keys(np.unique(lists)) for lists in probes]
     # One more than there are vectors always has room for every tie.
     most = [1 + sum(map(store.num_held, each)) for each in keys]
@@ -69,7 +77,7 @@ def search(
     found: list[Found | None] = [None] * len(probes)
     where: Demand | None = None
     while left := [b for b, result in enumerate(found) if result is None]:
-        scans = {b: store.quantizer.scan(queries_BD[b], sizes[b], store.alive) for b in left}
+        scans = {b: store.quantizer.scan(queries_BD[b], sizes[b], alive) for b in left}
         askers: dict[Key, list[int]] = {}
         for b in left:
             for key in keys[b]:

@@ -136,11 +136,26 @@ class Store:
     @functools.cached_property
     def alive(self) -> Any | None:
         """A FAISS selector of the ids that are not deleted, a bit each; None when that is all."""
-        if not self.num_pending:
-            return None
-        bits = np.ones(self.manifest.next_id, np.uint8)
-        bits[self.deleted] = 0
-        return require("faiss", extra="rag").IDSelectorBitmap(np.packbits(bits, bitorder="little"))
+        return self._selector(np.ones(self.manifest.next_id, bool)) if self.num_pending else None
+
+    def among(self, ids: np.ndarray) -> Any:
+        """Return a selector of those of some ids (int64) that are not deleted: a search's filter.
+
+        Raises UsageError for ids that were never given.
+        """
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.manifest.next_id:
+            raise UsageError(
+                f"ids from {ids.min()} to {ids.max()} to search among",
+                remedy=f"give ids from 0 to {self.manifest.next_id - 1}",
+            )
+        chosen = np.zeros(self.manifest.next_id, bool)
+        chosen[ids] = True
+        return self._selector(chosen)
+
+    def _selector(self, chosen: np.ndarray) -> Any:
+        chosen[self.deleted] = False
+        bits = np.packbits(chosen, bitorder="little")
+        return require("faiss", extra="rag").IDSelectorBitmap(bits)
 
     def passage(self, passage_id: int) -> Passage:
         """Return the passage of an id. Raises IndexError when there is none, FormatError."""
