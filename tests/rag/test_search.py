@@ -245,6 +245,11 @@ def test_queries_that_make_no_sense_are_refused(made: Made, cloud: Cloud) -> Non
         search(tiers, cloud(2), probes, 1)
     with pytest.raises(UsageError, match="for 1 sets of probes and an index of 24 dims"):
         search(tiers, np.ones((1, 5), np.float32), probes, 1)
+    for wrong in (-1, NUM_LISTS):
+        with pytest.raises(UsageError, match=f"to search; give numbers from 0 to {NUM_LISTS - 1}"):
+            search(tiers, query, [np.array([0, wrong])], 1)
+    with pytest.raises(UsageError, match="not finite"):
+        search(tiers, query * np.nan, probes, 1)
     tiers.close()
     with pytest.raises(ToolkitError, match="closed"):
         search(tiers, query, probes, 1)

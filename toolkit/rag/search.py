@@ -58,8 +58,8 @@ def search(
 
     A list that several queries probe is read once and scanned for all of them while it is in the
     cache. `among` is a filter, made once by `store.among(ids)`: only those ids are found. Raises
-    UsageError when k < 1 or shapes disagree, and the error of a list that cannot be read or is
-    corrupt: a result is exact or it is none.
+    UsageError for k < 1, shapes that disagree, queries that are not finite and lists that are not
+    there, and the error of a list that cannot be read or is corrupt: a result is exact or none.
     """
     store = tiers.store
     if k < 1:
@@ -69,6 +69,14 @@ def search(
             f"queries of shape {queries_BD.shape} for {len(probes)} sets of probes and an index "
             f"of {store.quantizer.dims} dims"
         )
+    if not np.isfinite(queries_BD).all():
+        raise UsageError("a query has values that are not finite, and nothing is near it")
+    for lists in probes:
+        if len(lists) and not 0 <= np.min(lists) <= np.max(lists) < store.quantizer.num_lists:
+            raise UsageError(
+                f"lists {np.min(lists)} to {np.max(lists)} to search",
+                remedy=f"give numbers from 0 to {store.quantizer.num_lists - 1}",
+            )
     alive = store.alive if among is None else among
     keys = [store.keys(np.unique(lists)) for lists in probes]
     # One more than there are vectors always has room for every tie.
