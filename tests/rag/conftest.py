@@ -5,7 +5,9 @@ from __future__ import annotations
 import string
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 GUIDE = """# Garden guide
@@ -107,3 +109,83 @@ def garden_index(garden: Path, tiny_dir: Path, tmp_path_factory: pytest.TempPath
         passage_words=12, shard_passages=3,
     )  # fmt: skip
     return path
+
+
+def _make_store(
+    path: Path, vectors: np.ndarray, *, num_lists: int = 24, encoding: str = "f32",
+    segments: int = 1, texts: bool = False,
+) -> Path:  # fmt: skip
+    from toolkit.rag import changes
+    from toolkit.rag.corpus import Passage
+    from toolkit.rag.quantizer import Quantizer
+
+    changes.create(path, Quantizer.train(vectors, num_lists, encoding))
+    for rows in np.array_split(np.arange(len(vectors)), segments):
+        passages = [Passage(0, "s", "t", f"text {i}", 1, 1) for i in rows]
+        # Two batches, so that ids go on from one to the next.
+        changes.add(path, np.array_split(vectors[rows], 2), passages if texts else None)
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_store() -> Callable[..., Path]:
+    """Make a store of vectors [N, D] with ids 0, 1, ...; passage i is "text i"."""
+    return _make_store
+
+
+class Plain:
+    """Plain FAISS IVF over the lists of a store: what every search must equal, bit for bit."""
+
+    def __init__(self, vectors: np.ndarray, path: Path) -> None:
+        import faiss
+
+        from toolkit.rag.store import Store
+
+        self.vectors = vectors
+        store = Store.open(path)
+        quantizer = store.quantizer
+        coarse = faiss.IndexFlatIP(quantizer.dims)
+        coarse.add(quantizer.centroids_LD)
+        shape = (coarse, quantizer.dims, quantizer.num_lists)
+        if quantizer.encoding == "f32":
+            self.index = faiss.IndexIVFFlat(*shape, faiss.METRIC_INNER_PRODUCT)
+        else:
+            kinds = {"f16": faiss.ScalarQuantizer.QT_fp16, "sq8": faiss.ScalarQuantizer.QT_8bit}
+            self.index = faiss.IndexIVFScalarQuantizer(
+                *shape, kinds[quantizer.encoding], faiss.METRIC_INNER_PRODUCT, False
+            )
+            faiss.copy_array_to_vector(quantizer.limits, self.index.sq.trained)
+        self.index.is_trained = True
+        self.index.add(vectors)
+        store.close()
+
+    def search(
+        self, query: np.ndarray, probes: np.ndarray, k: int, deleted: Any = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """All that the probed lists hold, ordered by (score down, id up), the first k of it."""
+        self.index.nprobe = len(probes)
+        found = self.index.search_preassigned(query[None], self.index.ntotal, probes[None], None)
+        scores, ids = found[0][0], found[1][0]
+        alive = (ids >= 0) & ~np.isin(ids, deleted)
+        scores, ids = scores[alive], ids[alive]
+        order = np.lexsort((ids, -scores))[:k]
+        return scores[order], ids[order]
+
+
+@pytest.fixture(scope="session")
+def plain() -> type[Plain]:
+    return Plain
+
+
+@pytest.fixture(scope="session")
+def cloud() -> Callable[..., np.ndarray]:
+    """Unit vectors in clusters, some of them equal: make(count, dims, seed)."""
+
+    def make(count: int, dims: int = 24, seed: int = 0) -> np.ndarray:
+        draw = np.random.default_rng(seed)
+        centres = draw.normal(size=(12, dims))
+        vectors = centres[draw.integers(0, 12, count)] + draw.normal(size=(count, dims))
+        vectors[count // 2 : count // 2 + count // 20] = vectors[0]
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+    return make

@@ -147,5 +147,5 @@ def test_two_builds_do_not_write_one_index(garden: Path, tiny_dir: Path, tmp_pat
     path.mkdir()
     with (path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UsageError, match="another build is writing"):
+        with pytest.raises(UsageError, match="another process is writing"):
             _build(garden, path, tiny_dir)

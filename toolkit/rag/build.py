@@ -8,7 +8,6 @@ until the new manifest replaces the old one.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,8 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from toolkit.errors import FormatError, ToolkitError, UsageError, require
-from toolkit.rag import index, passages
+from toolkit.errors import FormatError, UsageError, require
+from toolkit.rag import folder, index, passages
 from toolkit.rag.corpus import PASSAGE_WORDS, Corpus
 from toolkit.rag.corpus import passages as cut
 from toolkit.rag.embed import Encoder, ShardStore, shards
@@ -72,7 +71,7 @@ def build_index(
     faiss = require("faiss", extra="rag")
     tell = progress or (lambda stage, done, total: None)
     seconds: dict[Stage, float] = {}
-    with _locked(path):
+    with folder.locked(path, _ours):
         torch.set_num_threads(threads)
         faiss.omp_set_num_threads(threads)
         staged = path / index.BUILDING
@@ -206,27 +205,5 @@ def _timed(seconds: dict[Stage, float], stage: Stage) -> Iterator[None]:
     seconds[stage] = time.perf_counter() - start_s
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the index's build lock; a folder with other things in it is refused, not written to."""
-    ours = {index.MANIFEST, index.BUILDING}
-    if path.exists():
-        if not path.is_dir():
-            raise UsageError(f"{path} is a file", remedy="choose a folder for the index")
-        if any(p.name not in ours and not p.name.startswith(("g-", ".")) for p in path.iterdir()):
-            raise UsageError(
-                f"{path} holds other files than an index", remedy="choose a new or empty folder"
-            )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("w")
-    except OSError as error:
-        raise ToolkitError(f"cannot write {path}: {error.strerror or error}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"another build is writing {path}", remedy="wait for it, or choose another folder"
-            ) from error
-        yield  # the lock ends with its process, however that ends
+def _ours(name: str) -> bool:
+    return name in (index.MANIFEST, index.BUILDING) or name.startswith("g-")

@@ -25,6 +25,7 @@ import numpy as np
 from toolkit import config, record
 from toolkit.errors import FormatError, ToolkitError, UsageError, require
 from toolkit.rag.embed import EncoderInfo
+from toolkit.rag.folder import sync
 from toolkit.rag.passages import OFFSETS, PASSAGES, PassageFile
 
 KIND, VERSION = "index", 1
@@ -229,9 +230,7 @@ def commit(path: Path, staged: Path, manifest: Manifest) -> None:
     for name in manifest.files:
         (staged / name).rename(folder / name)
     for place in (folder, path):
-        handle = os.open(place, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        sync(place)
     record.write(path / MANIFEST, kind=KIND, version=VERSION, body=asdict(manifest))
     sweep(path, keep=manifest.generation)
 

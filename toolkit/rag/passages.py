@@ -25,32 +25,56 @@ def write(
     folder: Path,
     passages: Iterable[Passage],
     *,
+    first_id: int = 0,
+    end_id: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> int:
-    """Write passages (ids 0, 1, 2, ...) into `folder`; return how many there were."""
+    """Write passages with ascending ids in [first_id, end_id) into `folder`; return their number.
+
+    An id that is left out is one that was deleted, and costs its offset only. `end_id` defaults to
+    the one after the last.
+    """
     offsets = array.array("q", [0])
+    num_passages = 0
+
+    def skip_to(passage_id: int) -> None:
+        missing = passage_id - first_id - (len(offsets) - 1)
+        assert missing >= 0, "passages come in the order of their ids"
+        offsets.extend(offsets[-1:] * missing)
+
     with record.atomic(folder / PASSAGES) as file:
         for passage in passages:
-            assert passage.id == len(offsets) - 1, "passages come in the order of their ids"
+            skip_to(passage.id)
             line = json.dumps(asdict(passage), ensure_ascii=False).encode() + b"\n"
             file.write(line)
             offsets.append(offsets[-1] + len(line))
+            num_passages += 1
             if progress:
                 progress(1)
+        if end_id is not None:
+            skip_to(end_id)
     with record.atomic(folder / OFFSETS) as file:
         np.save(file, np.array(offsets, dtype=np.int64))
-    return len(offsets) - 1
+    return num_passages
 
 
 class PassageFile:
     """Passages by id, read from disk when asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open the two files. Raises FormatError when they do not belong together."""
+    def __init__(self, folder: Path, first_id: int = 0) -> None:
+        """Open the two files, for ids from `first_id` on.
+
+        Raises FormatError when they do not belong together.
+        """
         self.path = folder / PASSAGES
-        self._file = self.path.open("rb")
+        self.first_id = first_id
         try:
             self._offsets = np.load(folder / OFFSETS, mmap_mode="r")
+            self._file = self.path.open("rb")
+        except FileNotFoundError as error:
+            raise FormatError(
+                f"{error.filename} is missing", remedy="build the index again"
+            ) from error
         except (ValueError, EOFError) as error:
             raise FormatError(f"{folder / OFFSETS} is corrupt: {error}") from error
         size = self.path.stat().st_size
@@ -58,13 +82,19 @@ class PassageFile:
             raise FormatError(f"{folder / OFFSETS} does not belong to {self.path} ({size} bytes)")
 
     def __len__(self) -> int:
+        """Return the number of ids, those of deleted passages among them."""
         return len(self._offsets) - 1
 
     def __getitem__(self, passage_id: int) -> Passage:
         """Return one passage. Raises FormatError when its line is not what was written."""
-        if not 0 <= passage_id < len(self):
-            raise IndexError(f"passage {passage_id} of {len(self)}")
-        start, end = (int(value) for value in self._offsets[passage_id : passage_id + 2])
+        row = passage_id - self.first_id
+        if not 0 <= row < len(self):
+            raise IndexError(
+                f"passage {passage_id} of {self.first_id} to {self.first_id + len(self) - 1}"
+            )
+        start, end = (int(value) for value in self._offsets[row : row + 2])
+        if start == end:
+            raise IndexError(f"passage {passage_id} was deleted")
         # pread leaves the file position alone, so threads may share the file.
         line = os.pread(self._file.fileno(), end - start, start)
         try:
@@ -79,7 +109,8 @@ class PassageFile:
         return passage
 
     def __iter__(self) -> Iterator[Passage]:
-        return (self[i] for i in range(len(self)))
+        held = np.flatnonzero(np.diff(self._offsets))
+        return (self[self.first_id + int(row)] for row in held)
 
     def close(self) -> None:
         """Close the text file."""
