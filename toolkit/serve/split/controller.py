@@ -5,11 +5,13 @@ because dividing reads the weights twice and leaves units idle where the load is
 choice:
 
 - With a target for the time between tokens: undivided while the predicted mixed step keeps it.
-- Without: whichever makes everyone wait less for their next piece. Until then each waiting prompt
-  waits for a chunk and each decoding request for a token, in request-seconds:
+- Without: whichever loses less time until the present chunk of prompt is done, in request-seconds.
+All
+  waiting prompts lose the chunk's time. A decoding request loses what it could have done alone in
+  the meantime, where a step of T_alone gives it a token:
 
-      undivided: (waiting + decoding) * T_mixed       divided: waiting * T_prefill + decoding *
-      T_decode
+      undivided: waiting * T_mixed   + decoding * (T_mixed - T_alone)
+      divided:   waiting * T_prefill + decoding * T_prefill * (1 - T_alone / T_decode)
 
   A long queue so makes for undivided steps, which get through the most tokens; many decoding
   requests beside a few long prompts make for a division.
@@ -27,13 +29,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from toolkit.errors import InfeasibleError, UsageError
 from toolkit.serve.request import Phase
 from toolkit.serve.split import layouts
 from toolkit.serve.split.correction import Correction
-from toolkit.serve.split.cost_model import CostModel
+from toolkit.serve.split.cost_model import CostModel, Usage
 from toolkit.serve.split.layouts import Layout
 from toolkit.serve.split.search import Mode, SearchConfig, greedy, search
 from toolkit.serve.split.work import Load
@@ -55,25 +57,18 @@ class Situation:
     kv_usage: float
 
 
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """Predicted seconds of the coming steps: either phase divided, and the mixed step undivided.
+class Forecast(NamedTuple):
+    """Predicted seconds of the coming steps: either phase divided, and one of both undivided."""
 
-    None where a step of that kind is not coming, or was not looked at.
-    """
-
-    prefill_s: float | None = None
-    decode_s: float | None = None
-    undivided_s: float | None = None
+    prefill_s: float
+    decode_s: float
+    undivided_s: float
 
     def at(self, cut: Layout) -> str:
-        """Say the seconds for people."""
-        prefill_s, decode_s, mixed_s = self.prefill_s, self.decode_s, self.undivided_s
-        if prefill_s is None or decode_s is None or mixed_s is None:
-            return "nothing was predicted"
+        """Say it for people."""
         return (
-            f"predicted {format_seconds(prefill_s)} a chunk and {format_seconds(decode_s)} a token "
-            f"divided {cut}, {format_seconds(mixed_s)} for both undivided"
+            f"predicted {format_seconds(self.prefill_s)} a chunk, {format_seconds(self.decode_s)} "
+            f"a token divided {cut}, {format_seconds(self.undivided_s)} for both undivided"
         )
 
 
@@ -85,7 +80,7 @@ class Decision:
     since_s: float
     reason: str
     mode: Mode = Mode.PREFILL
-    forecast: Forecast = field(default_factory=Forecast)
+    forecast: Forecast | None = None
 
 
 class Controller(Protocol):
@@ -127,7 +122,7 @@ class ControllerConfig:
     tbt_target_s: float | None = None
     margin: float = 0.1
     dwell_s: float = 1.0
-    interval_s: float = 0.05
+    interval_s: float = 0.1
     correction_weight: float = 0.1
 
     def __post_init__(self) -> None:
@@ -148,6 +143,8 @@ class Predictor:
         self.corrections: dict[Phase | None, Correction] = {
             kind: Correction(weight=weight) for kind in (Phase.PREFILL, Phase.DECODE, None)
         }
+        # A chunk of prompt outlasts many steps of decoding: what it takes alone is kept.
+        self._usages: dict[Phase, tuple[Load, float, Usage]] = {}
 
     def predict(self, loads: Mapping[Phase, Load], own: Phase | None, share: float) -> float:
         """Return the model's seconds, uncorrected; see `Controller.predict`."""
@@ -155,10 +152,17 @@ class Predictor:
         if own is None:
             return cost.undivided(loads.get(Phase.PREFILL, Load()), loads.get(Phase.DECODE, Load()))
         other = Phase.DECODE if own is Phase.PREFILL else Phase.PREFILL
-        usage = cost.alone(loads[own], own, share)
+        usage = self._usage(loads[own], own, share)
         if share >= 1.0 or not loads.get(other):
             return usage.seconds
-        return cost.beside(usage, cost.alone(loads[other], other, 1.0 - share))
+        return cost.beside(usage, self._usage(loads[other], other, 1.0 - share))
+
+    def _usage(self, load: Load, phase: Phase, share: float) -> Usage:
+        known = self._usages.get(phase)
+        if known is None or known[0] is not load or known[1] != share:
+            known = (load, share, self.cost.alone(load, phase, share))
+            self._usages[phase] = known
+        return known[2]
 
     def observe(self, own: Phase | None, model_s: float, measured_s: float) -> None:
         """Take in a step's measured seconds."""
@@ -257,14 +261,19 @@ class Dynamic(Predictor):
                 mixed_s,
             )
 
+        least = {
+            Phase.PREFILL: cost.alone(situation.prefill, Phase.PREFILL).seconds,
+            Phase.DECODE: cost.alone(situation.decode, Phase.DECODE).seconds,
+        }
+
         def found(mode: Mode) -> int:
             # The constraint compares a phase with itself: its correction would cancel.
             self._near[mode] = search(
                 len(self._cuts),
                 lambda cut: seconds(cut)[0],
                 lambda cut: seconds(cut)[1],
-                least_prefill_s=cost.alone(situation.prefill, Phase.PREFILL).seconds,
-                least_decode_s=cost.alone(situation.decode, Phase.DECODE).seconds,
+                least_prefill_s=least[Phase.PREFILL],
+                least_decode_s=least[Phase.DECODE],
                 mode=mode,
                 config=config.search,
                 start=self._near[mode],
@@ -283,7 +292,7 @@ class Dynamic(Predictor):
         cuts = {found(mode) for mode in Mode}
         if self._mode is Mode.DECODE:
             cuts = {min(cuts)}
-        return self._by_waiting(situation, cuts, mixed_s, forecast)
+        return self._by_time_lost(situation, cuts, least[Phase.DECODE], forecast)
 
     def _by_target(
         self, target_s: float, mixed_s: float, forecast: Callable[[int], Forecast]
@@ -292,7 +301,7 @@ class Dynamic(Predictor):
         # Coming back takes a margin; leaving does not, or the target would be missed meanwhile.
         margin = 0.0 if self.decision.layout.undivided else self.config.margin
         at = greedy(
-            lambda cut: (forecast(cut).decode_s or 0.0) <= target_s,
+            lambda cut: forecast(cut).decode_s <= target_s,
             self._near[Mode.PREFILL],
             len(self._cuts),
         )
@@ -304,21 +313,23 @@ class Dynamic(Predictor):
         reason = f"the mixed step {said} {format_seconds(target_s)} a token: {steps}"
         return layout, forecast(at), reason
 
-    def _by_waiting(
+    def _by_time_lost(
         self,
         situation: Situation,
         cuts: set[int],
-        mixed_s: float,
+        least_decode_s: float,
         forecast: Callable[[int], Forecast],
     ) -> tuple[Layout, Forecast, str]:
-        """Whichever layout makes everyone wait least; the present one unless another saves."""
+        """Whichever layout loses least time; the present one unless another saves enough."""
         waiting, decoding = situation.waiting, situation.decoding
+        alone_s = self.corrections[Phase.DECODE].apply(least_decode_s)
 
         def apart(cut: int) -> float:
-            ahead = forecast(cut)
-            return waiting * (ahead.prefill_s or 0.0) + decoding * (ahead.decode_s or 0.0)
+            prefill_s, decode_s, _ = forecast(cut)
+            return prefill_s * (waiting + decoding * max(0.0, 1.0 - alone_s / decode_s))
 
-        together = (waiting + decoding) * mixed_s
+        mixed_s = forecast(self._at).undivided_s
+        together = waiting * mixed_s + decoding * max(0.0, mixed_s - alone_s)
         best = min(sorted(cuts), key=apart)
         is_undivided = self.decision.layout.undivided
         present = together if is_undivided else apart(self._at)
@@ -332,8 +343,8 @@ class Dynamic(Predictor):
             at = best
         self._at = at
         reason = (
-            f"{waiting} prompts and {decoding} decoding wait {apart(at):.3g} request-seconds for "
-            f"their next piece divided, {together:.3g} undivided: {forecast(at).at(self._cuts[at])}"
+            f"{waiting} prompts and {decoding} decoding lose {apart(at):.3g} request-seconds each "
+            f"chunk divided, {together:.3g} undivided: {forecast(at).at(self._cuts[at])}"
         )
         return layout, forecast(at), reason
 
