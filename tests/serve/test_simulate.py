@@ -22,6 +22,8 @@ from toolkit.serve.bench.sample import Sample
 from toolkit.serve.clock import VirtualClock
 from toolkit.serve.engine import Engine
 from toolkit.serve.executor.simulated import SimulatedExecutor
+from toolkit.serve.policy import ShortestPromptFirst
+from toolkit.serve.scheduler import Scheduler
 from toolkit.serve.simulate import report, systems, workload
 from toolkit.serve.simulate.drive import drive
 from toolkit.serve.simulate.systems import SYSTEMS, Setup
@@ -322,3 +324,23 @@ def test_two_devices_that_share_a_model() -> None:
     assert sharded(COST.model, find_cluster("l20x1"))[1].seconds(load) == 0.0
     with pytest.raises(InfeasibleError, match="differ"):
         sharded(COST.model, find_cluster("l20x1+l4x1"))
+
+
+def test_no_prompt_waits_longer_than_it_may() -> None:
+    """Short prompts that are more than can be served starve a long one, up to the limit."""
+    shorts = workload.find("sharegpt").arrivals(60.0, 500, seed=1)
+    arrivals = (Arrival(0.5, 9000, 2), *(one for one in shorts if one.at_s > 0.5))
+    first = {}
+    for limit_s in (None, 4.0):
+        clock = VirtualClock()
+        limits = SETUP.scheduler("spf")
+        policy = ShortestPromptFirst(gamma=0.0, max_wait_s=limit_s)
+        scheduler = Scheduler(limits.config, limits.pool, policy, policy)
+        executor = SETUP.executor(clock)
+        samples = drive(Engine(scheduler, executor, clock), clock, arrivals)
+        chunks_s = 5 * COST.alone(Load.chunk(7000, 9000)).seconds
+        first[limit_s] = samples[0].ttft_s - chunks_s
+    assert first[None] > 8.0
+    assert first[4.0] < 5.0
+    with pytest.raises(UsageError, match="over at once"):
+        ShortestPromptFirst(max_wait_s=0.0)
