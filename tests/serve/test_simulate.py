@@ -164,6 +164,16 @@ class TestPaper:
         assert undivided[at] > 3 * divided[at]
 
 
+def test_the_timeline_says_how_the_device_was_laid_out_and_why() -> None:
+    arrivals = workload.find("mixed").arrivals(2.0, 40, seed=0)
+    _, engine = simulated("auto", arrivals)
+    spans = [span for span in engine.timeline().spans if span.track == "layout"]
+    assert len(spans) == engine.controller.num_changes + 1 > 1
+    assert spans[0].name == "undivided"
+    assert all(a.end_s == b.start_s for a, b in itertools.pairwise(spans))
+    assert all("predicted" in span.detail["why"] for span in spans[1:])
+
+
 def test_two_devices_pay_for_sending() -> None:
     arrivals = (Arrival(0.0, 4000, 50),)
     near, _ = simulated("two-devices", arrivals)

@@ -27,7 +27,8 @@ arguments; nothing here reads a clock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -89,6 +90,11 @@ class Controller(Protocol):
     @property
     def layouts(self) -> tuple[Layout, ...]:
         """Every layout it may ever choose, so that they can be made at the start."""
+        ...
+
+    @property
+    def history(self) -> Sequence[Decision]:
+        """The newest changes of layout, in order; the last is the present one."""
         ...
 
     def decide(self, look: Callable[[], Situation], now: float) -> Decision:
@@ -180,6 +186,10 @@ class Fixed(Predictor):
     def layouts(self) -> tuple[Layout, ...]:
         return (self._decision.layout,)
 
+    @property
+    def history(self) -> Sequence[Decision]:
+        return (self._decision,)
+
     def decide(self, look: Callable[[], Situation], now: float) -> Decision:
         """Return the layout."""
         return self._decision
@@ -209,6 +219,7 @@ class Dynamic(Predictor):
         self._mode = Mode.PREFILL
         first = self._undivided if self.config.may_undivide or not self._cuts else None
         self.decision = Decision(first or self._cuts[self._at], 0.0, "nothing was asked for yet")
+        self.history: deque[Decision] = deque([self.decision], maxlen=1024)
         self._changed_s = float("-inf")
         self._looked_s = float("-inf")
         self.num_changes = 0
@@ -234,11 +245,13 @@ class Dynamic(Predictor):
             return self.decision
         self._mode = self.config.search.mode(situation.kv_usage, self._mode)
         layout, forecast, reason = self._choose(situation)
-        since_s = self.decision.since_s
-        if layout is not self.decision.layout:
-            self._changed_s = since_s = now
-            self.num_changes += 1
+        changes = layout is not self.decision.layout
+        since_s = now if changes else self.decision.since_s
         self.decision = Decision(layout, since_s, reason, self._mode, forecast)
+        if changes:
+            self._changed_s = now
+            self.num_changes += 1
+            self.history.append(self.decision)
         return self.decision
 
     def _choose(self, situation: Situation) -> tuple[Layout, Forecast, str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from toolkit.hardware.share import Share
@@ -26,6 +26,7 @@ from toolkit.serve.scheduler import BOTH, Scheduler
 from toolkit.serve.split.controller import Controller, Decision, Situation
 from toolkit.serve.split.layouts import Layout
 from toolkit.serve.split.work import Load
+from toolkit.timeline import Span, Timeline
 
 
 class ConcurrentExecutor(Protocol):
@@ -116,6 +117,25 @@ class DividedEngine(Engine):
         drawn = self.scheduler.update(batch, result.token_ids, end_s, took_s)
         self.controller.observe(flight.phase, flight.model_s, took_s)
         return self._postprocess(batch, result, drawn, flight.start_s, end_s)
+
+    def timeline(self, title: str = "serving") -> Timeline:
+        """Return the engine's recent steps and requests, and on a track `layout` what held when.
+
+        A layout's span says in its detail why it was chosen. Safe to call from another thread.
+        """
+        found = super().timeline(title)
+        end_s = max((span.end_s for span in found.spans), default=0.0)
+        changes = list(self.controller.history)
+        ends = [*(after.since_s for after in changes[1:]), max(end_s, changes[-1].since_s)]
+        spans = tuple(
+            Span(
+                str(one.layout), "layout", one.since_s, until_s, self.journal.source, "layout",
+                {"why": one.reason, "mode": one.mode.value},
+            )
+            for one, until_s in zip(changes, ends, strict=True)
+            if until_s > one.since_s
+        )  # fmt: skip
+        return replace(found, spans=spans + found.spans)
 
     def _launch(self, now: float) -> None:
         decision = self.controller.decide(self.situation, now)
