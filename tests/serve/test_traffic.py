@@ -49,7 +49,7 @@ arrivals = st.builds(
     priority=st.integers(-1, 1),
     salt=st.sampled_from(["", "", "mine"]),
 )
-policies = st.sampled_from(["fcfs", "spf", "priority"])
+policies = st.sampled_from(["fcfs", "spf", "priority", "mlfq"])
 
 
 @settings(max_examples=150, deadline=None)

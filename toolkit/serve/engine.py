@@ -118,7 +118,7 @@ class Engine:
     def step(self) -> StepReport:
         """Advance every scheduled request once; report what they produced."""
         start_s = self.clock.now()
-        batch = self.scheduler.schedule(start_s)
+        batch = self._schedule(start_s)
         result = self._run(batch)
         end_s = self.clock.now()
         self._collect(batch, result)
@@ -128,6 +128,9 @@ class Engine:
     def timeline(self, title: str = "serving") -> Timeline:
         """Return the engine's recent steps and finished requests as spans."""
         return self.journal.timeline(title)
+
+    def _schedule(self, now: float) -> Batch:
+        return self.scheduler.schedule(now)
 
     def _run(self, batch: Batch) -> StepResult:
         try:

@@ -50,7 +50,8 @@ class Journal:
         A mixed step computes both phases at once, so it is a span on both tracks. Safe to call
         from another thread than the engine's.
         """
-        steps = self._steps.copy()
+        # Steps of a divided engine overlap, and come in the order of their ends.
+        steps = sorted(self._steps.copy(), key=lambda step: step.start_s)
         spans: list[Span] = []
         for step in steps:
             for phase, num_requests, num_tokens in step.loads:

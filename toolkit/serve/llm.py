@@ -148,7 +148,7 @@ def _completion(request: Request, outputs: Sequence[Output]) -> Completion:
     reason = outputs[-1].finish_reason
     assert reason is not None, f"{request.id} has not ended"
     return Completion(
-        prompt_token_ids=request.prompt_ids,
+        prompt_token_ids=tuple(request.prompt_ids),
         token_ids=tuple(request.output_ids),
         text="".join(output.text for output in outputs),
         finish_reason=reason.value,

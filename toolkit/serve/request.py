@@ -143,7 +143,7 @@ class Request:
     """
 
     id: str
-    prompt_ids: tuple[int, ...]
+    prompt_ids: Sequence[int]
     sampling: SamplingParams
     arrival_s: float = 0.0
     program_id: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from toolkit.cli.serve import batch, bench, generate, run
+from toolkit.cli.serve import batch, bench, generate, run, simulate
 
 app = typer.Typer(
     help="Serve a model over an OpenAI-compatible API.",
@@ -12,5 +12,5 @@ app = typer.Typer(
     add_completion=False,
     epilog="Example: toolkit serve run smollm2-135m",
 )
-for command in (run.run, generate.generate, batch.batch, bench.bench):
+for command in (run.run, generate.generate, batch.batch, bench.bench, simulate.simulate):
     app.command()(command)

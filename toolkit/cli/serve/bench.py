@@ -61,7 +61,7 @@ def bench(
     from toolkit.serve.bench.exchange import on_a_loop
 
     lengths = load.Lengths.parse(prompt, "prompt"), load.Lengths.parse(output, "output")
-    rates = _rates(rate)
+    rates = parse_rates(rate)
     if trace is not None:
         arrivals = load.trace(trace, num=num, speed=speed, max_tokens=max_tokens)
         plans = {round(len(arrivals) / max(arrivals[-1].at_s, 1e-9), 3): arrivals}
@@ -95,7 +95,8 @@ def bench(
     view.emit(body, as_json=as_json, render=lambda: _table(body))
 
 
-def _rates(text: str) -> list[float]:
+def parse_rates(text: str) -> list[float]:
+    """Return requests a second, one or several by comma. Raises UsageError."""
     try:
         rates = [float(part) for part in text.split(",")]
     except ValueError:
@@ -115,10 +116,11 @@ def _table(body: dict[str, Any]) -> Any:
         cells.append(f"{run['output_tokens_per_s']:.1f}")
         for key, low, high in (("ttft_s", 50, 95), ("tbt_s", 50, 99), ("e2e_s", 50, 95)):
             spread = run[key] or {}
-            cells += [_shown(spread.get(f"p{low}")), _shown(spread.get(f"p{high}"))]
+            cells += [shown(spread.get(f"p{low}")), shown(spread.get(f"p{high}"))]
         rows.append([*cells, f"{run['goodput_per_s']:.2f}"])
     return view.table(f"{body['model']} at {body['url']}, measured", columns, rows)
 
 
-def _shown(seconds: float | None) -> str:
+def shown(seconds: float | None) -> str:
+    """Return seconds as text, "-" for None."""
     return "-" if seconds is None else format_seconds(seconds)

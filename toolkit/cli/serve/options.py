@@ -41,7 +41,7 @@ Plan = Annotated[
     Path | None,
     typer.Option(help="A tensor-parallel plan.json: its degree of ranks share the model."),
 ]
-Policy = Annotated[str, typer.Option(help="Which prompt goes first: fcfs, spf or priority.")]
+Policy = Annotated[str, typer.Option(help="Which prompt goes first: fcfs, spf, priority or mlfq.")]
 PrefixCache = Annotated[bool, typer.Option(help="Share the KV of equal beginnings of prompts.")]
 
 

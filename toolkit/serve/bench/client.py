@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import httpx
 from toolkit.errors import ToolkitError
 from toolkit.serve.bench.exchange import Reply, post
 from toolkit.serve.bench.load import Arrival
+from toolkit.serve.bench.sample import Sample
 
 # What is asked once to learn how many characters a token has.
 _PROBE = "The sea is everything. It covers seven tenths of the terrestrial globe. " * 8
@@ -56,40 +56,6 @@ class Target:
     @property
     def headers(self) -> dict[str, str]:
         return _authorised(self.api_key)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One request as its client saw it, in seconds; `error` None means that it was served."""
-
-    arrival: Arrival
-    sent_s: float
-    end_s: float
-    piece_s: tuple[float, ...] = ()
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    error: str | None = None
-
-    @property
-    def ttft_s(self) -> float:
-        """Time to first token."""
-        return self.piece_s[0] - self.sent_s
-
-    @property
-    def e2e_s(self) -> float:
-        return self.end_s - self.sent_s
-
-    @property
-    def gaps_s(self) -> list[float]:
-        """Times between pieces of text."""
-        return [b - a for a, b in itertools.pairwise(self.piece_s)]
-
-    @property
-    def tpot_s(self) -> float | None:
-        """Time per output token after the first, on average; None of a single token."""
-        if self.output_tokens < 2:
-            return None
-        return (self.piece_s[-1] - self.piece_s[0]) / (self.output_tokens - 1)
 
 
 @dataclass

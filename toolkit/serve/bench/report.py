@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import require
-from toolkit.serve.bench.client import Sample
+from toolkit.serve.bench.sample import Sample
 
 PERCENTILES = (50, 90, 95, 99)
 
@@ -48,10 +48,10 @@ def summary(samples: Sequence[Sample], promise: Promise) -> dict[str, Any]:
         "prompt_tokens_per_s": _total(served, "prompt_tokens") / duration_s if duration_s else 0.0,
         "prompt_tokens": _total(served, "prompt_tokens"),
         "output_tokens": _total(served, "output_tokens"),
-        "ttft_s": _spread([sample.ttft_s for sample in served]),
-        "tbt_s": _spread([gap for sample in served for gap in sample.gaps_s]),
-        "tpot_s": _spread(tpots),
-        "e2e_s": _spread([sample.e2e_s for sample in served]),
+        "ttft_s": spread([sample.ttft_s for sample in served]),
+        "tbt_s": spread([gap for sample in served for gap in sample.gaps_s]),
+        "tpot_s": spread(tpots),
+        "e2e_s": spread([sample.e2e_s for sample in served]),
         "num_good": good,
         "goodput_per_s": good / duration_s if duration_s else 0.0,
         "slo": {"ttft_s": promise.ttft_s, "tpot_s": promise.tpot_s},
@@ -95,7 +95,8 @@ def draw(runs: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _spread(values: Sequence[float]) -> dict[str, float] | None:
+def spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Return mean and percentiles, or None of nothing."""
     if not values:
         return None
     found = {f"p{percent}": percentile(values, percent) for percent in PERCENTILES}

@@ -5,11 +5,13 @@ from __future__ import annotations
 from toolkit.errors import unknown_name
 from toolkit.serve.policy.base import Policy
 from toolkit.serve.policy.fcfs import FirstComeFirstServed
+from toolkit.serve.policy.mlfq import SkipJoinMLFQ
 from toolkit.serve.policy.priority import StaticPriority
 from toolkit.serve.policy.spf import ShortestPromptFirst
 
 POLICIES: dict[str, type[Policy]] = {
     "fcfs": FirstComeFirstServed,
+    "mlfq": SkipJoinMLFQ,
     "priority": StaticPriority,
     "spf": ShortestPromptFirst,
 }
@@ -31,6 +33,7 @@ __all__ = [
     "FirstComeFirstServed",
     "Policy",
     "ShortestPromptFirst",
+    "SkipJoinMLFQ",
     "StaticPriority",
     "make",
 ]

@@ -1,0 +1,61 @@
+"""Drives an engine on virtual time: requests join when they arrive, steps follow one another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from toolkit.serve.bench.load import Arrival
+from toolkit.serve.bench.sample import Sample
+from toolkit.serve.clock import VirtualClock
+from toolkit.serve.engine import Engine
+from toolkit.serve.request import Request, SamplingParams
+
+
+def drive(
+    engine: Engine,
+    clock: VirtualClock,
+    arrivals: Sequence[Arrival],
+    *,
+    on_done: Callable[[], None] = lambda: None,
+) -> list[Sample]:
+    """Serve `arrivals`, which are in order of time, to the last token; return what clients saw.
+
+    `clock` is the engine's. A request joins at the first step that begins after its arrival, as it
+    does live; every token reaches its client when its step ends. `on_done` is called per request.
+    """
+    pieces: list[list[float]] = [[] for _ in arrivals]
+    index: dict[str, int] = {}
+    coming = 0
+    while coming < len(arrivals) or engine.has_work:
+        if not engine.has_work:
+            clock.advance(max(0.0, arrivals[coming].at_s - clock.now()))
+        while coming < len(arrivals) and arrivals[coming].at_s <= clock.now():
+            made = _request(coming, arrivals[coming])
+            index[made.id] = coming
+            engine.add(made)
+            coming += 1
+        if not engine.has_work:
+            continue
+        report = engine.step()
+        for output in report.outputs:
+            pieces[index[output.request.id]].append(report.end_s)
+            if output.finish_reason is not None:
+                on_done()
+    return [_sample(arrival, seen) for arrival, seen in zip(arrivals, pieces, strict=True)]
+
+
+def _request(number: int, arrival: Arrival) -> Request:
+    length = SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True)
+    # A range holds any prompt in no memory; what the tokens are matters to nobody.
+    return Request(f"r{number}", range(arrival.prompt_tokens), length, arrival_s=arrival.at_s)
+
+
+def _sample(arrival: Arrival, seen: Sequence[float]) -> Sample:
+    return Sample(
+        arrival,
+        sent_s=arrival.at_s,
+        end_s=seen[-1],
+        piece_s=tuple(seen),
+        prompt_tokens=arrival.prompt_tokens,
+        output_tokens=len(seen),
+    )
