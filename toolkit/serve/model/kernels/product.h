@@ -50,7 +50,7 @@ struct Activations {
   int8_t* levels4;
   float* scales;       // [rows, groups]
   float* scaled_sums;  // scale x sum of the levels
-  int32_t* sums;
+  int32_t* starts;     // where an 8-bit sum begins (simd.h)
 };
 
 // Quantise row `row` of `a.values` as products of `format` read it. Symmetric, to -127..127.
@@ -78,7 +78,7 @@ inline void quantise(const Activations& a, int format, int row) {
     const float scale = live ? most / 127.0f : 0.0f;
     a.scales[group] = scale;
     a.scaled_sums[group] = scale * (float)total;
-    a.sums[group] = total;
+    a.starts[group] = int8_start(total);
   }
 }
 
@@ -88,8 +88,8 @@ constexpr int TILE_ROWS = L == 16 ? 12 : 6;
 constexpr int BLOCK_ROWS = 20 * TILE_ROWS;
 // Bytes of a panel that are fetched before they are needed.
 constexpr int AHEAD = 4096;
-// k of a float panel that stay in the first cache while all rows pass.
-constexpr int BLOCK_K = 256;
+// k of a float panel that stay in the first cache while all rows pass: half of 32 KiB.
+constexpr int BLOCK_K = 4096 / NR;
 
 // Call `body(i, j)` for all i < ROWS and j < COLUMNS in turn, as straight code: compilers unroll
 // loops too late to keep an array in registers where the rest of a function is large.
@@ -130,65 +130,65 @@ KERNELS_INLINE void tile_float(const float* x, int stride, const Kept* w, ptrdif
 template <int ROWS>
 inline void tile_int8(const Activations& a, int row, const uint8_t* w, F (&sums)[ROWS][2]) {
   const Act8* x = a.levels8 + (size_t)row * a.stride;
-  const size_t first_group = (size_t)row * a.groups;
-  for (int g = 0; g < a.groups; ++g) {
+  const size_t first_group = (size_t)row * a.groups, stride = a.stride, groups = a.groups;
+  for (size_t g = 0; g < groups; ++g, x += GROUP) {
     const auto* scale = (const uint16_t*)w;
     const auto* level = (const int8_t*)(w + 2 * NR);
     w += 2 * NR + GROUP * NR;
     I parts[ROWS][2];
-    for (int r = 0; r < ROWS; ++r)
-      parts[r][0] = parts[r][1] = int8_start(a.sums[first_group + (size_t)r * a.groups + g]);
+    unrolled<ROWS, 1>([&](int r, int) KERNELS_INLINED {
+      parts[r][0] = parts[r][1] = int8_begin(a.starts + first_group + r * groups + g);
+    });
+#pragma GCC unroll 8
     for (int i = 0; i < GROUP; i += INT8_K, level += NR * INT8_K) {
       __builtin_prefetch(level + AHEAD);
       const Weights8 w0 = load_weights8(level), w1 = load_weights8(level + L * INT8_K);
-#pragma GCC unroll 16
-      for (int r = 0; r < ROWS; ++r) {
-        const Act8* at = x + (size_t)r * a.stride + g * GROUP + i;
+      unrolled<ROWS, 1>([&](int r, int) KERNELS_INLINED {
+        const Act8* at = x + r * stride + i;
         parts[r][0] = dot8(parts[r][0], w0, at);
         parts[r][1] = dot8(parts[r][1], w1, at);
         KERNELS_PIN(parts[r][0]);
         KERNELS_PIN(parts[r][1]);
-      }
+      });
     }
     const F s0 = load(scale), s1 = load(scale + L);
-    for (int r = 0; r < ROWS; ++r) {
-      const F s = splat(a.scales[first_group + (size_t)r * a.groups + g]);
+    unrolled<ROWS, 1>([&](int r, int) KERNELS_INLINED {
+      const F s = splat(a.scales[first_group + r * groups + g]);
       sums[r][0] = fma(to_float(parts[r][0]), mul(s0, s), sums[r][0]);
       sums[r][1] = fma(to_float(parts[r][1]), mul(s1, s), sums[r][1]);
-    }
+    });
   }
 }
 
 template <int ROWS, class Scale>
 inline void tile_int4(const Activations& a, int row, const uint8_t* w, F (&sums)[ROWS][2]) {
   const int8_t* x = a.levels4 + (size_t)row * a.stride;
-  const size_t first_group = (size_t)row * a.groups;
-  for (int g = 0; g < a.groups; ++g) {
+  const size_t first_group = (size_t)row * a.groups, stride = a.stride, groups = a.groups;
+  for (size_t g = 0; g < groups; ++g, x += GROUP) {
     const auto* scale = (const Scale*)w;
     const uint8_t* level = w + 2 * sizeof(Scale) * NR;
     w = level + GROUP / 2 * NR;
     Sum4 parts[ROWS][2];
-    for (int r = 0; r < ROWS; ++r) parts[r][0] = parts[r][1] = sum4_zero();
+    unrolled<ROWS, 2>([&](int r, int v) KERNELS_INLINED { parts[r][v] = sum4_zero(); });
 #pragma GCC unroll 8
     for (int i = 0; i < GROUP; i += 4, level += 2 * NR) {
       __builtin_prefetch(level + AHEAD);
       const Weights4 pair = load_weights4(level);
-#pragma GCC unroll 16
-      for (int r = 0; r < ROWS; ++r) {
-        const auto at = splat4(x + (size_t)r * a.stride + g * GROUP + i);
+      unrolled<ROWS, 1>([&](int r, int) KERNELS_INLINED {
+        const auto at = splat4(x + r * stride + i);
         parts[r][0] = dot4(parts[r][0], pair.low, at);
         parts[r][1] = dot4(parts[r][1], pair.high, at);
         KERNELS_PIN(parts[r][0]);
         KERNELS_PIN(parts[r][1]);
-      }
+      });
     }
     const F s0 = load(scale), s1 = load(scale + L), m0 = load(scale + NR), m1 = load(scale + NR + L);
-    for (int r = 0; r < ROWS; ++r) {
-      const size_t group = first_group + (size_t)r * a.groups + g;
+    unrolled<ROWS, 1>([&](int r, int) KERNELS_INLINED {
+      const size_t group = first_group + r * groups + g;
       const F s = splat(a.scales[group]), t = splat(a.scaled_sums[group]);
       sums[r][0] = fma(to_float(sum4_int(parts[r][0])), mul(s0, s), fma(m0, t, sums[r][0]));
       sums[r][1] = fma(to_float(sum4_int(parts[r][1])), mul(s1, s), fma(m1, t, sums[r][1]));
-    }
+    });
   }
 }
 

@@ -24,7 +24,7 @@ struct Rows {
   Buffer<float> values, scales, scaled_sums;
   Buffer<Act8> levels8;
   Buffer<int8_t> levels4;
-  Buffer<int32_t> sums;
+  Buffer<int32_t> starts;
   Activations view{};
   void size_for(int rows, int width) {
     const int stride = round_up(width, GROUP), groups = num_groups(width);
@@ -33,9 +33,9 @@ struct Rows {
     levels4.size_for((size_t)rows * stride);
     scales.size_for((size_t)rows * groups);
     scaled_sums.size_for((size_t)rows * groups);
-    sums.size_for((size_t)rows * groups);
+    starts.size_for((size_t)rows * groups);
     view = {stride, groups, values.data, levels8.data, levels4.data,
-            scales.data, scaled_sums.data, sums.data};
+            scales.data, scaled_sums.data, starts.data};
   }
 };
 

@@ -52,11 +52,13 @@ inline F scaled(F v, F n) {
 }
 
 struct Weights8 { I v; };
-// Unsigned, 128 too large: what that adds is taken off by where the sum begins (int8_start).
+// Unsigned, 128 too large: what that adds is taken off by where the sum begins.
 inline Weights8 load_weights8(const int8_t* p) {
   return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8((char)0x80))};
 }
-inline I int8_start(int32_t activation_sum) { return splat_int(-128 * activation_sum); }
+// Where the sum of a row's group begins, and that as a vector.
+inline int32_t int8_start(int32_t activation_sum) { return -128 * activation_sum; }
+inline I int8_begin(const int32_t* start) { return splat_int(*start); }
 inline I dot8(I acc, Weights8 w, const Act8* x) {
   int32_t four;
   std::memcpy(&four, x, 4);
@@ -111,7 +113,8 @@ struct Weights8 { I v; };
 inline Weights8 load_weights8(const int8_t* p) {
   return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p))};
 }
-inline I int8_start(int32_t) { return _mm256_setzero_si256(); }
+inline int32_t int8_start(int32_t) { return 0; }
+inline I int8_begin(const int32_t*) { return _mm256_setzero_si256(); }
 inline I dot8(I acc, Weights8 w, const Act8* x) {
   int32_t two;
   std::memcpy(&two, x, 4);
@@ -203,7 +206,8 @@ inline Weights8 load_weights8(const int8_t* p) {
   std::memcpy(out.v, p, sizeof out.v);
   return out;
 }
-inline I int8_start(int32_t) { return splat_int(0); }
+inline int32_t int8_start(int32_t) { return 0; }
+inline I int8_begin(const int32_t*) { return splat_int(0); }
 inline int32_t join(const int8_t* w, const int8_t* x) {
   return w[0] * x[0] + w[1] * x[1] + w[2] * x[2] + w[3] * x[3];
 }
