@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,15 +26,17 @@ from toolkit.serve.engine import Engine
 from toolkit.serve.executor.cpu import CpuExecutor
 from toolkit.serve.executor.device import Place
 from toolkit.serve.model import weights
-from toolkit.serve.model.config import DecoderConfig
 from toolkit.serve.model.decoder import Decoder
-from toolkit.serve.model.loaded import LoadedModel, expected
+from toolkit.serve.model.loaded import LoadedModel
 from toolkit.serve.model.native import NativeDecoder
 from toolkit.serve.model.quantisation import make_decoder
 from toolkit.serve.model.tokenizer import Tokenizer
 from toolkit.serve.server.app import Doorkeeping
 from toolkit.serve.server.run import Server, bind
 from toolkit.serve.server.service import Patience, Service
+
+sys.path.append(str(Path(__file__).parent))
+from tiny_models import tiny_model
 
 MODEL = "tiny"
 MakeEngine = Callable[..., Engine]
@@ -172,19 +175,6 @@ class Running:
         while not condition():
             assert time.monotonic() < deadline, "it never came true"
             time.sleep(0.01)
-
-
-def tiny_model() -> LoadedModel:
-    # 2 layers of 32, 4 heads over 2 key-value heads of 8; SmolLM2's vocabulary, for its tokenizer.
-    config = DecoderConfig(
-        "llama", 2, 32, 4, 2, 8, 48, 49_152, 4096, 1e-5, 10_000.0, tied_head=True
-    )
-    generator = torch.Generator().manual_seed(3)
-    tensors = {
-        name: torch.randn(shape, generator=generator) * 0.3
-        for name, shape in expected(config).items()
-    }
-    return LoadedModel(config, tensors, frozenset({2}))
 
 
 @pytest.fixture

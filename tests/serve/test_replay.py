@@ -10,23 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.serve.assemble import build
+from toolkit.serve.assemble import EngineSettings, build
 from toolkit.serve.request import Request, SamplingParams
 from toolkit.serve.simulate.replay import Recorder, Recording, replay
 
 sys.path.append(str(Path(__file__).parent))
-from conftest import SETTINGS, tiny_model
+from tiny_models import tiny_model
+
+# So little memory that somebody is preempted.
+SETTINGS = EngineSettings(
+    threads=1, kv_bytes=260 * 256, block_size=4, max_context=220, max_batch=5, step_tokens=24
+)
 
 
 def live(seed: int, policy: str) -> tuple[Recording, Recorder]:
     """A small model on this machine's CPU under a burst of requests that share beginnings."""
     source = random.Random(seed)
-    # So little memory that somebody is preempted.
-    chosen = replace(
-        SETTINGS, policy=policy, kv_bytes=260 * 256, block_size=4, max_context=220, max_batch=5,
-        step_tokens=24,
-    )  # fmt: skip
-    recorder = Recorder(build(tiny_model(), chosen)[0])
+    recorder = Recorder(build(tiny_model(), replace(SETTINGS, policy=policy))[0])
     coming = []
     for at in range(16):
         prompt = tuple(range(10, 10 + source.choice([4, 8, 30]))) + tuple(
@@ -72,8 +72,6 @@ def test_it_was_not_too_easy() -> None:
 
 def test_another_policy_decides_otherwise() -> None:
     recording, _ = live(0, "fcfs")
-    other = replace(SETTINGS, policy="spf", kv_bytes=260 * 256, block_size=4, max_context=220,
-                    max_batch=5, step_tokens=24)  # fmt: skip
-    scheduler = build(tiny_model(), other)[0].scheduler
+    scheduler = build(tiny_model(), replace(SETTINGS, policy="spf"))[0].scheduler
     batches = replay(recording, scheduler)
     assert batches != [step.pieces for step in recording.steps]
