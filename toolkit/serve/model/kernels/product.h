@@ -88,8 +88,8 @@ constexpr int TILE_ROWS = L == 16 ? 12 : 6;
 constexpr int BLOCK_ROWS = 20 * TILE_ROWS;
 // Bytes of a panel that are fetched before they are needed.
 constexpr int AHEAD = 4096;
-// k of a float panel that stay in the first cache while all rows pass: half of 32 KiB.
-constexpr int BLOCK_K = 4096 / NR;
+// k of a float panel that stay in the first cache while all rows pass.
+constexpr int BLOCK_K = 256;
 
 // Call `body(i, j)` for all i < ROWS and j < COLUMNS in turn, as straight code: compilers unroll
 // loops too late to keep an array in registers where the rest of a function is large.
