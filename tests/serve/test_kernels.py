@@ -76,6 +76,18 @@ def check_products(kernels: Library, kind: str, rows: int, columns: int) -> None
     assert torch.equal(multiplied(Team(kernels, 3), kernels, weight, x), found)
 
 
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_rows_in_any_number(kernels: Library, kind: str) -> None:
+    """However many rows there are, and whichever tile and block a row falls into."""
+    weight, team = weights_of(40, 70)[kind], Team(kernels, 2)
+    x = torch.randn(901, 70, generator=torch.Generator().manual_seed(2))
+    found = multiplied(team, kernels, weight, x)
+    for rows in (*range(1, 40), 144, 145, 157, 288, 289, 300, 433, 600):
+        assert torch.equal(multiplied(team, kernels, weight, x[:rows]), found[:rows]), rows
+    alone = [multiplied(team, kernels, weight, row[None]) for row in x]
+    assert torch.equal(torch.cat(alone), found)
+
+
 @pytest.mark.slow
 def test_the_portable_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a processor without the instructions gets: plain C++, the same checks."""

@@ -79,6 +79,13 @@ CASES: Mapping[str, Case] = {
             "tok/s",
         ),
         Case(
+            "chat-8",
+            "80 requests, 8 a second: 50-300 in, 50-150 out",
+            lambda seed: poisson(8.0, 80, *_CHAT, seed=seed),
+            "output_tokens_per_s",
+            "tok/s",
+        ),
+        Case(
             "calm",
             "24 requests, 0.7 a second: 50-300 in, 50-150 out",
             lambda seed: poisson(0.7, 24, *_CHAT, seed=seed),

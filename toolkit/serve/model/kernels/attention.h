@@ -200,7 +200,7 @@ class Attention {
     };
     pairs(vectors, [&](int v, auto number) {
       constexpr int N = number;
-      const auto by = [&](auto fetch, const auto* w, ptrdiff_t apart, int step, auto soon) {
+      const auto by = [&](auto fetch, const auto* w, ptrdiff_t apart, int step, Fetch soon) {
         tiles(x.first_row(token(v)), x.rows, [&](int row, auto constant) {
           constexpr int ROWS = constant;
           F sums[ROWS][N];
@@ -221,12 +221,12 @@ class Attention {
       if (x.rows <= FEW_ROWS) {
         const Kept* soon = values_of(x.table[v / per_block], x.head);
         soon += (size_t)(v % per_block) * L * cache_.padded_head;
-        by(std::true_type{}, from, apart, step, soon);
+        by(std::true_type{}, from, apart, step, Fetch{(const uint8_t*)soon, 16 * sizeof(Kept)});
       } else if constexpr (std::is_same_v<Kept, float>) {
-        by(std::false_type{}, from, apart, step, from);
+        by(std::false_type{}, from, apart, step, Fetch{});
       } else {
         lay_side_by_side<N>(from, apart, step, size, s.packed.data);
-        by(std::false_type{}, s.packed.data, L, N * L, s.packed.data);
+        by(std::false_type{}, s.packed.data, L, N * L, Fetch{});
       }
     });
   }
@@ -306,7 +306,8 @@ class Attention {
             const Kept* soon = values(b);
             if (b < x.next_blocks)
               soon = keys_of(x.next_table[b], x.next_head) + (size_t)v / 2 * size * 16;
-            tile_float<true>(p + b * block, s.width, values(b), L, padded, size, sums, soon);
+            tile_float<true>(p + b * block, s.width, values(b), L, padded, size, sums,
+                             Fetch{(const uint8_t*)soon, 16 * sizeof(Kept)});
           }
         });
       for (int b = 0; b < x.blocks; ++b)

@@ -217,8 +217,9 @@ using namespace kernels;
 
 extern "C" {
 
-// What the packers must know: {instruction set, vector width, k joined in an 8-bit product}.
-void kernels_layout(int32_t* out) { out[0] = ISA, out[1] = L, out[2] = INT8_K; }
+// What the packers must know: {instruction set, vector width, k joined in an 8-bit product, what is
+// added to its weights}.
+void kernels_layout(int32_t* out) { out[0] = ISA, out[1] = L, out[2] = INT8_K, out[3] = INT8_ZERO; }
 
 void* kernels_open(int members, const int32_t* cpus, int num_cpus) {
   return new Context(members, cpus, num_cpus);

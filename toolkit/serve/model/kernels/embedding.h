@@ -28,7 +28,8 @@ inline void unpack_row(const Matrix& m, int n, int size, float* to) {
       float& out = to[g * GROUP + i];
       if (m.format == INT8) {
         const int k = i / INT8_K;
-        out = scale[lane] * ((const int8_t*)w)[(k * 2 + vector) * L * INT8_K + at * INT8_K + i % INT8_K];
+        const uint8_t level = w[(k * 2 + vector) * L * INT8_K + at * INT8_K + i % INT8_K];
+        out = scale[lane] * (INT8_ZERO ? level - INT8_ZERO : (int8_t)level);
       } else {
         const uint8_t both = w[(i / 4 * L + at) * 4 + i % 4];
         out = scale[lane] * (vector ? both >> 4 : both & 15) + minimum[lane];

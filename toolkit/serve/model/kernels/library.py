@@ -69,13 +69,15 @@ class CStep(Structure):
 class Library:
     """The loaded kernels and the layout they were compiled for.
 
-    `lanes` numbers are in a vector, `joined_k` neighbouring inputs in one 8-bit product.
+    `lanes` numbers are in a vector, `joined_k` neighbouring inputs in one 8-bit product, whose
+    weights are kept `int8_zero` too large.
     """
 
     calls: Any
     instruction_set: str
     lanes: int
     joined_k: int
+    int8_zero: int
 
     @property
     def panel(self) -> int:
@@ -101,9 +103,9 @@ def load(path: Path) -> Library:
     calls.kernels_exp.argtypes = (c_void_p, c_void_p, c_int32)
     for name in ("close", "layout", "step", "multiply", "argmax", "exp"):
         getattr(calls, f"kernels_{name}").restype = None
-    layout = (c_int32 * 3)()
+    layout = (c_int32 * 4)()
     calls.kernels_layout(layout)
-    return Library(calls, _INSTRUCTION_SETS[layout[0]], layout[1], layout[2])
+    return Library(calls, _INSTRUCTION_SETS[layout[0]], layout[1], layout[2], layout[3])
 
 
 class Team:

@@ -123,6 +123,7 @@ def _grouped(weight: Grouped, short: int, library: Library) -> tuple[Format, tor
     split = levels.unflatten(-1, (-1, GROUP // joined_k, joined_k))
     if weight.bits == 8:
         content = split.permute(0, 3, 4, 1, 2, 5).contiguous().view(torch.uint8)
+        content = content ^ library.int8_zero  # 128 more is the highest bit turned over
         kind, scale_type = Format.INT8, torch.float16
         assert weight.fits_half, "8-bit scales are half precision in every file and in quantise()"
     else:

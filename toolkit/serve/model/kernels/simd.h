@@ -51,13 +51,18 @@ inline F scaled(F v, F n) {
       _mm512_add_epi32(_mm512_castps_si512(v), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
 }
 
+inline float maximum(F v) { return _mm512_reduce_max_ps(v); }
+inline int32_t total(I v) { return _mm512_reduce_add_epi32(v); }
+inline I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
+inline void store_narrow(int8_t* p, I v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v)); }
+
+// Weights lie here as unsigned numbers, 128 too large: what that adds is taken off by where the sum
+// begins.
+constexpr int INT8_ZERO = 128;
 struct Weights8 { I v; };
-// Unsigned, 128 too large: what that adds is taken off by where the sum begins.
-inline Weights8 load_weights8(const int8_t* p) {
-  return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8((char)0x80))};
-}
+inline Weights8 load_weights8(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 // Where the sum of a row's group begins, and that as a vector.
-inline int32_t int8_start(int32_t activation_sum) { return -128 * activation_sum; }
+inline int32_t int8_start(int32_t activation_sum) { return -INT8_ZERO * activation_sum; }
 inline I int8_begin(const int32_t* start) { return splat_int(*start); }
 inline I dot8(I acc, Weights8 w, const Act8* x) {
   int32_t four;
@@ -109,8 +114,29 @@ inline F scaled(F v, F n) {
       _mm256_add_epi32(_mm256_castps_si256(v), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
 }
 
+inline float maximum(F v) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+inline int32_t total(I v) {
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
+inline I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
+inline __m128i narrow16(I v) {
+  return _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+}
+inline void store_narrow(int16_t* p, I v) { _mm_storeu_si128((__m128i*)p, narrow16(v)); }
+inline void store_narrow(int8_t* p, I v) {
+  const __m128i words = narrow16(v);
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
+}
+
+constexpr int INT8_ZERO = 0;
 struct Weights8 { I v; };
-inline Weights8 load_weights8(const int8_t* p) {
+inline Weights8 load_weights8(const uint8_t* p) {
   return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p))};
 }
 inline int32_t int8_start(int32_t) { return 0; }
@@ -200,8 +226,24 @@ inline float scaled_one(float v, float n) {
 }
 inline F scaled(F v, F n) { KERNELS_EACH(F, scaled_one(v.v[i], n.v[i])); }
 
+inline float maximum(F v) {
+  float most = v.v[0];
+  for (int i = 1; i < L; ++i) most = most > v.v[i] ? most : v.v[i];
+  return most;
+}
+inline int32_t total(I v) {
+  int32_t all = 0;
+  for (int i = 0; i < L; ++i) all += v.v[i];
+  return all;
+}
+inline I add_int(I a, I b) { KERNELS_EACH(I, a.v[i] + b.v[i]); }
+inline void store_narrow(int8_t* p, I v) {
+  for (int i = 0; i < L; ++i) p[i] = (int8_t)v.v[i];
+}
+
+constexpr int INT8_ZERO = 0;
 struct Weights8 { int8_t v[4 * L]; };
-inline Weights8 load_weights8(const int8_t* p) {
+inline Weights8 load_weights8(const uint8_t* p) {
   Weights8 out;
   std::memcpy(out.v, p, sizeof out.v);
   return out;
@@ -250,19 +292,12 @@ inline F zero() { return splat(0.0f); }
 #define KERNELS_PIN(value) (void)0
 #endif
 
-// Both always reduce in the same order.
+// Always in the same order.
 inline float sum(F v) {
   float lanes[L];
   store(lanes, v);
   for (int step = L / 2; step; step /= 2)
     for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  return lanes[0];
-}
-inline float maximum(F v) {
-  float lanes[L];
-  store(lanes, v);
-  for (int step = L / 2; step; step /= 2)
-    for (int i = 0; i < step; ++i) lanes[i] = lanes[i] > lanes[i + step] ? lanes[i] : lanes[i + step];
   return lanes[0];
 }
 
