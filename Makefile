@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # Extra arguments for pip, for example an index that carries CPU-only builds of torch.
 PIP_ARGS ?=
-EXTRAS := serve,structured,rag,train,plots,dev
+EXTRAS := serve,structured,rag,pdf,train,plots,dev
 
 .PHONY: demo test test-slow lint docs clean setup
 .DEFAULT_GOAL := help

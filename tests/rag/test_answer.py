@@ -83,7 +83,7 @@ def test_citations_open_at_the_lines_they_name(python_docs: Retriever) -> None:
     assert all(citation.how == "attributed" for citation in rest)
     assert answer.unsupported[-1] == "Zebras graze on the savannah."
     for citation in answer.citations:
-        passage = python_docs.index.passages[citation.passage_id]
+        passage = python_docs.store.passage(citation.passage_id)
         assert answer.hits[citation.number - 1].passage == passage
         file = python_docs.file(passage)
         assert file is not None
@@ -95,7 +95,9 @@ def test_citations_open_at_the_lines_they_name(python_docs: Retriever) -> None:
 
 
 def test_a_marker_belongs_to_the_sentence_it_stands_in(garden_index: Path) -> None:
-    hits = [Hit(passage, 1.0) for passage in list(Retriever.open(garden_index).index.passages)[:3]]
+    hits = [
+        Hit(passage, 1.0) for passage in list(Retriever.open(garden_index).store.passages())[:3]
+    ]
     text = "[1] Zebras graze. [2] Lions hunt.\n\n[3] Birds fly."
     written = [(1, 0), (2, text.index("[2]")), (3, text.index("[3]"))]
     found, unsupported = cite(text, written, hits)
@@ -171,7 +173,7 @@ def test_an_empty_reply_is_no_answer(garden_index: Path) -> None:
 
 def test_hyde_searches_with_what_the_model_made_up(garden_index: Path) -> None:
     retriever = Retriever.open(garden_index)
-    target = retriever.index.passages[3]
+    target = retriever.store.passage(3)
     parrot = Parrot(target.embedded, "Done.")
     answer = ask(retriever, parrot, "zzz", pipeline="hyde", k=1)
     assert [span.name for span in answer.timeline.spans] == [

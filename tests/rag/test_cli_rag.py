@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from toolkit.cli import rag as cli
+from toolkit.cli.rag import ask as asking
 from toolkit.errors import FormatError, ToolkitError, UsageError
 from toolkit.rag import Message
 
@@ -35,7 +36,7 @@ class _Fake:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_generator", lambda *_: _Fake())
+    monkeypatch.setattr(asking, "generator", lambda *_: _Fake())
 
 
 def test_build_search_and_ask(
@@ -96,11 +97,11 @@ def test_errors_are_one_clear_sentence(
     assert "no model server answers" in str(down)
 
     torn = Path(shutil.copytree(garden_index, tmp_path / "torn"))
-    (lists,) = torn.glob("g-*/lists.faiss")
+    (lists,) = torn.glob("s-*/lists.bin")
     lists.write_bytes(lists.read_bytes()[:100])
     error = _fails("search", torn, "x")
     assert isinstance(error, FormatError)
-    assert "lists.faiss is torn" in str(error)
+    assert "lists.bin is torn" in str(error)
 
 
 def test_a_missing_encoder_is_said(garden: Path, tiny_dir: Path, tmp_path: Path) -> None:

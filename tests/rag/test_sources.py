@@ -5,15 +5,16 @@ from __future__ import annotations
 import ast
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.errors import FormatError, UsageError
+from toolkit.errors import FormatError, MissingExtraError, UsageError
 from toolkit.rag import python_docs, sources
-from toolkit.rag.corpus import Document, passages
+from toolkit.rag.corpus import Document, passages, split
 
 
 def _read(spec: str, **how: str) -> tuple[dict[str, Document], dict[str, str]]:
@@ -191,3 +192,61 @@ def test_a_backslash_joins_lines_as_python_does() -> None:
         for statement in ast.parse(code).body
     ]
     assert found == [[("one two", 1, 2), ("three", 3, 3)], [("ab", 4, 5)]]
+
+
+def _pdf(path: Path, *pages: str) -> None:
+    """Write a PDF of one line a page, by hand: pypdf reads text and does not write it."""
+    numbers = [4 + 2 * i for i in range(len(pages))]
+    parts = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        f"<< /Type /Pages /Count {len(pages)} /Kids "
+        f"[{' '.join(f'{n} 0 R' for n in numbers)}] >>".encode(),
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    for number, text in zip(numbers, pages, strict=True):
+        shown = f"BT /F1 12 Tf 72 700 Td ({text}) Tj ET".encode() if text else b""
+        parts += [
+            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents {number + 1} 0 R "
+            "/Resources << /Font << /F1 3 0 R >> >> >>".encode(),
+            b"<< /Length %d >>\nstream\n%s\nendstream" % (len(shown), shown),
+        ]
+    data, offsets = b"%PDF-1.4\n", []
+    for number, part in enumerate(parts, start=1):
+        offsets.append(len(data))
+        data += b"%d 0 obj\n%s\nendobj\n" % (number, part)
+    rows = b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
+    size = len(parts) + 1
+    data += b"xref\n0 %d\n0000000000 65535 f \n%s" % (size, rows)
+    data += b"trailer << /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % (
+        size, data.index(b"xref"),
+    )  # fmt: skip
+    path.write_bytes(data)
+
+
+def test_the_lines_of_a_pdf_are_its_pages(tmp_path: Path) -> None:
+    pytest.importorskip("pypdf")
+    _pdf(tmp_path / "paper.pdf", "Quinces ripen late.", "Medlars are eaten soft.")
+    _pdf(tmp_path / "scan.pdf", "")
+    (tmp_path / "torn.pdf").write_bytes(b"%PDF-1.4 and then nothing")
+    skipped: list[tuple[str, str]] = []
+    corpus = sources.find(str(tmp_path))
+    (document,) = corpus.documents(lambda source, why: skipped.append((source, why)))
+    assert (document.source, document.title) == ("paper.pdf", "paper")
+    places = [(p.text, p.place) for p in split(document, words=5)]
+    assert places == [
+        ("Quinces ripen late.", "paper.pdf:1"), ("Medlars are eaten soft.", "paper.pdf:2"),
+    ]  # fmt: skip
+    assert [source for source, _ in skipped] == ["scan.pdf", "torn.pdf"]
+    assert "without text" in skipped[0][1]
+
+
+def test_without_the_reader_a_pdf_is_named_with_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _pdf(tmp_path / "paper.pdf", "Quinces ripen late.")
+    monkeypatch.setitem(sys.modules, "pypdf", None)
+    skipped: list[tuple[str, str]] = []
+    assert list(sources.find(str(tmp_path)).documents(lambda *told: skipped.append(told))) == []
+    assert "pip install 'toolkit[pdf]'" in skipped[0][1]
+    with pytest.raises(MissingExtraError, match=r"toolkit\[pdf\]"):
+        list(sources.find(str(tmp_path / "paper.pdf")).documents(lambda *told: None))

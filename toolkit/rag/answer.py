@@ -8,21 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from toolkit.rag import citations, pipelines
+from toolkit.rag import citations, pipelines, prompts
 from toolkit.rag.citations import Citation
-from toolkit.rag.generator import Generator, Message
+from toolkit.rag.foresight import Mode
+from toolkit.rag.generator import Generator
+from toolkit.rag.lexical import Lexical
+from toolkit.rag.prefetch import Ahead
+from toolkit.rag.prompts import NOT_FOUND
 from toolkit.rag.retriever import Hit, Retriever
+from toolkit.rag.rounds import Generated, Recording
 from toolkit.rag.session import Clock, Session
 from toolkit.rag.stream import MarkerFilter, RepeatFilter
 from toolkit.timeline import Timeline
 
-NOT_FOUND = "Not found in the passages."
 _NOT_FOUND = re.compile(r"\W*not found in the passages\b", re.IGNORECASE)
-
-_SYSTEM = (
-    "You answer questions about documents. Use only the passages you are given. "
-    f'If they do not hold the answer, say: "{NOT_FOUND}"'
-)
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,8 @@ class Answer:
     begins to repeat itself. `found` is False when no
     passage was close enough to ask a model about, or the model said so. `unsupported` holds the
     sentences that cite nothing and that no passage supports. `hits` are the passages the model was
-    given: hit n-1 is passage [n].
+    given: hit n-1 is passage [n]. `aheads` are the lookaheads of its rounds, `waits_s` the time of
+    each search, from the text before it to its passages.
     """
 
     question: str
@@ -44,6 +44,15 @@ class Answer:
     hits: tuple[Hit, ...]
     timings: Mapping[str, float]
     timeline: Timeline
+    pipeline: str = "plain"
+    rounds: tuple[Generated, ...] = ()
+    aheads: tuple[Ahead, ...] = ()
+    waits_s: tuple[float, ...] = ()
+
+    @property
+    def recording(self) -> Recording:
+        """The generations, to be played back."""
+        return Recording(self.question, self.pipeline, self.rounds)
 
     def to_json(self) -> dict[str, Any]:
         """Return the answer as plain JSON values."""
@@ -55,6 +64,12 @@ class Answer:
             "unsupported": list(self.unsupported),
             "hits": [{"score": hit.score, **asdict(hit.passage)} for hit in self.hits],
             "timings": dict(self.timings),
+            "pipeline": self.pipeline,
+            "lookaheads": [
+                {**asdict(ahead), "hit_rate": ahead.hit_rate, "wasted_bytes": ahead.wasted_bytes}
+                for ahead in self.aheads
+            ],
+            "waits_s": list(self.waits_s),
             "timeline": [asdict(span) for span in self.timeline.spans],
         }
 
@@ -69,25 +84,40 @@ def ask(
     nprobe: int | None = None,
     max_tokens: int = 160,
     min_score: float | None = None,
+    lookahead: Mode = "progressive",
+    lexical: Lexical | None = None,
+    where: Sequence[str] = (),
     on_text: Callable[[str], None] | None = None,
     clock: Clock = time.perf_counter,
 ) -> Answer:
     """Answer a question from the index; `on_text` sees the text as it is generated.
 
     Passages below `min_score` (cosine; by default what is known for the encoder) are left out; with
-    none left the answer is "Not found in the passages." and no model is asked. Raises UsageError
-    for a wrong pipeline, k or nprobe, and whatever the generator raises.
+    none left the answer is "Not found in the passages." and no model is asked. `where` are
+    conditions on passages (filters.py). Raises UsageError for a wrong pipeline, k or nprobe, for
+    conditions that no passage meets, and whatever the generator raises.
     """
-    retrieve = pipelines.find(pipeline)
-    session = Session(retriever, generator, k=k, nprobe=nprobe, clock=clock)
+    chosen = pipelines.find(pipeline)
+    session = Session(
+        retriever,
+        generator,
+        k=k,
+        nprobe=nprobe,
+        lookahead=lookahead,
+        lexical=lexical,
+        where=where,
+        clock=clock,
+    )
     floor = retriever.encoder.info.min_score if min_score is None else min_score
-    hits = [
-        hit for hit in retrieve(session, question) if floor is None or hit.score >= floor
-    ]  # fmt: skip
+    with session:
+        evidence = chosen.run(session, question)
+    hits = [hit for hit in evidence.hits if floor is None or hit.score >= floor]
     show = on_text or (lambda text: None)
     if not hits:
         show(NOT_FOUND)
-        return _answer(session, question, NOT_FOUND, found=False, written=[], hits=hits)
+        return _answer(
+            session, question, NOT_FOUND, found=False, written=[], hits=hits, pipeline=pipeline
+        )
     markers, repeats = MarkerFilter(len(hits)), RepeatFilter()
     parts: list[str] = []
 
@@ -96,35 +126,22 @@ def ask(
             parts.append(text)
             show(text)
 
-    session.generate(
-        prompt(question, hits),
-        max_tokens=max_tokens,
-        on_text=lambda piece: pass_on(repeats.feed(markers.feed(piece))),
-        enough=lambda: repeats.repeated,
-    )
+    if evidence.answer is not None:
+        pass_on(repeats.feed(markers.feed(evidence.answer)))
+    else:
+        session.generate(
+            prompts.answer(question, hits),
+            max_tokens=max_tokens,
+            on_text=lambda piece: pass_on(repeats.feed(markers.feed(piece))),
+            enough=lambda: repeats.repeated,
+        )
     pass_on(repeats.feed(markers.end()))
     pass_on(repeats.end())
     text = "".join(parts).rstrip()
     found = bool(text.strip()) and not _NOT_FOUND.match(text)
-    return _answer(session, question, text, found=found, written=markers.written, hits=hits)
-
-
-def prompt(question: str, hits: Sequence[Hit]) -> list[Message]:
-    """Return the messages that ask a model to answer from numbered passages."""
-    passages = "\n\n".join(
-        f"Passage {number}: {hit.passage.title}\n{hit.passage.text}"
-        for number, hit in enumerate(hits, start=1)
+    return _answer(
+        session, question, text, found=found, written=markers.written, hits=hits, pipeline=pipeline
     )
-    # Tried on a 135M model: with the task after the passages it stays closest to them, and with
-    # passages that begin "[1]" it goes on to write passages. Larger models do not mind.
-    task = (
-        "Answer the question in your own words in at most three sentences, citing passages like "
-        f"[1].\nQuestion: {question}\nAnswer:"
-    )
-    return [
-        {"role": "system", "content": _SYSTEM},
-        {"role": "user", "content": f"Passages:\n\n{passages}\n\n{task}"},
-    ]
 
 
 def cite(
@@ -173,6 +190,7 @@ def _answer(
     found: bool,
     written: Sequence[tuple[int, int]],
     hits: Sequence[Hit],
+    pipeline: str,
 ) -> Answer:
     cited, unsupported = cite(text, written, hits) if found else ((), ())
     timeline = session.timeline(question)
@@ -184,5 +202,6 @@ def _answer(
         seconds["ttft_s"] = timeline.spans[-1].detail["ttft_s"]
     seconds["total_s"] = session.elapsed_s()
     return Answer(
-        question, text, found, cited, unsupported, tuple(hits), seconds, timeline
+        question, text, found, cited, unsupported, tuple(hits), seconds, timeline, pipeline,
+        tuple(session.rounds), tuple(session.aheads), tuple(session.waits_s),
     )  # fmt: skip

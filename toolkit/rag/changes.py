@@ -1,4 +1,4 @@
-"""Changes to a store, each whole or not at all: create, add, delete, compact.
+"""Changes to a store, each whole or not at all: create, rebuild, add, delete, compact.
 
 Files are written under names that nothing refers to, and flushed, before the manifest that names
 them replaces the old one. So a writer killed at any moment leaves the store before its change or
@@ -21,23 +21,59 @@ from toolkit.errors import ToolkitError, UsageError
 from toolkit.rag import passages as texts
 from toolkit.rag import store as stores
 from toolkit.rag.corpus import Passage
-from toolkit.rag.folder import locked, sync
-from toolkit.rag.index import mark
+from toolkit.rag.folder import locked, mark, sync
 from toolkit.rag.quantizer import Quantizer
-from toolkit.rag.segment import SegmentWriter
+from toolkit.rag.segment import Segment, SegmentWriter
 from toolkit.rag.spill import MEMORY_BYTES, Spill
-from toolkit.rag.store import MANIFEST, QUANTIZER, SegmentInfo, Store, StoreManifest, read_manifest
+from toolkit.rag.store import (
+    BUILDING,
+    LEXICAL,
+    MANIFEST,
+    CorpusInfo,
+    Recipe,
+    SegmentInfo,
+    Store,
+    StoreManifest,
+    read_manifest,
+)
 
-_OURS = re.compile(r"manifest\.json|quantizer\.bin|s-\d{6}|deleted-\d{6}\.npy")
+_OURS = re.compile(r"manifest\.json|quantizer-\d{6}\.bin|s-\d{6}|deleted-\d{6}\.npy")
 
 
 def create(path: Path, quantizer: Quantizer) -> None:
-    """Make an empty store. Raises UsageError when `path` holds one, or anything else."""
+    """Make an empty store of bare vectors.
+
+    Raises UsageError when `path` holds a store, or anything else.
+    """
     with _changing(path, new=True):
         if (path / MANIFEST).exists():
             raise UsageError(f"{path} is a store already", remedy="add to it, or choose another")
-        quantizer.write(path / QUANTIZER)
-        _commit(path, StoreManifest(0, mark(path / QUANTIZER), 0, ()))
+        _commit(path, _begin(path, quantizer))
+
+
+def rebuild(
+    path: Path,
+    quantizer: Quantizer,
+    vectors: Iterable[np.ndarray],
+    passages: Iterable[Passage],
+    *,
+    recipe: Recipe,
+    corpus: tuple[str, str | None],
+    memory_bytes: int = MEMORY_BYTES,
+    progress: Callable[[int], None] | None = None,
+) -> range:
+    """Make a store of these vectors and passages, in place of the one that may be there.
+
+    One commit: a store that was there serves until this one is complete. `corpus` is the (name,
+    root) the passages come from. Returns their ids, which begin at 0. Memory, disk and errors are
+    those of `add`.
+    """
+    with _changing(path, new=True):
+        begun = replace(_begin(path, quantizer), recipe=recipe)
+        return _extend(
+            path, begun, quantizer, vectors, passages,
+            corpus=corpus, memory_bytes=memory_bytes, progress=progress,
+        )  # fmt: skip
 
 
 def add(
@@ -45,48 +81,87 @@ def add(
     vectors: Iterable[np.ndarray],
     passages: Iterable[Passage] | None = None,
     *,
+    corpus: tuple[str, str | None] | None = None,
+    replacing: Iterable[int] = (),
     memory_bytes: int = MEMORY_BYTES,
     progress: Callable[[int], None] | None = None,
 ) -> range:
     """Add vectors (float32 batches [n, D]) as a new segment; return the ids they were given.
 
-    `passages`, one a vector and in the same order, get the same ids. Memory: about `memory_bytes`,
-    one batch, and 8 bytes a passage; disk: the segment twice over while it is written. `progress`
-    is told how many vectors have been taken. When this returns, they outlive a crash. Raises
-    UsageError for vectors of another width or not finite, when the counts differ, and when the
-    store holds vectors with passages and these have none, or the other way round.
+    `passages`, one a vector and in the same order, get the same ids. The ids in `replacing` are
+    deleted in the same commit. Memory: about `memory_bytes`, one batch, and 8 bytes a passage;
+    disk: the segment twice over while it is written. `progress` is told how many vectors have been
+    taken. When this returns, they outlive a crash. Raises UsageError for vectors of another width
+    or not finite, when the counts differ, when an id to replace is not there, and when the store
+    holds vectors with passages and these have none, or the other way round.
     """
     with _changing(path):
         manifest = read_manifest(path)
         quantizer = stores.read_quantizer(path, manifest)
-        first_id = end_id = manifest.next_id
         if any(bool(info.texts) != (passages is not None) for info in manifest.segments):
             raise UsageError(
                 f"{path} holds vectors {'without' if passages is not None else 'with'} passages",
                 remedy="add them alike, or to another store",
             )
-        with _new_segment(path, manifest) as folder:
-            spill = Spill(folder / "spill", quantizer, memory_bytes=memory_bytes)
-            with contextlib.closing(spill):
-                for batch in vectors:
-                    spill.append(batch, end_id)
-                    end_id += len(batch)
-                    if progress:
-                        progress(len(batch))
-                if end_id == first_id:
-                    return range(first_id, first_id)
-                info = _write_segment(folder, quantizer, spill.lists(), first_id, end_id)
-            shutil.rmtree(folder / "spill")
-            if passages is not None:
-                numbered = (replace(p, id=first_id + i) for i, p in enumerate(passages))
-                num_texts = texts.write(folder, numbered, first_id=first_id)
-                if num_texts != end_id - first_id:
-                    raise UsageError(f"{num_texts} passages for {end_id - first_id} vectors")
-                info = _with_texts(info, folder)
-            sync(folder)
-            changed = replace(manifest, next_id=end_id, segments=(*manifest.segments, info))
-            _commit(path, changed)
-        return range(first_id, end_id)
+        manifest, _ = _without(path, manifest, replacing)
+        return _extend(
+            path, manifest, quantizer, vectors, passages,
+            corpus=corpus, memory_bytes=memory_bytes, progress=progress,
+        )  # fmt: skip
+
+
+def _begin(path: Path, quantizer: Quantizer) -> StoreManifest:
+    """Write a quantizer; return the manifest of an empty store with it, to be committed."""
+    sequence = read_manifest(path).sequence if (path / MANIFEST).exists() else 0
+    name = f"quantizer-{sequence + 1:06d}.bin"
+    quantizer.write(path / name)
+    return StoreManifest(sequence, (name, mark(path / name)), 0, ())
+
+
+def _extend(
+    path: Path,
+    manifest: StoreManifest,
+    quantizer: Quantizer,
+    vectors: Iterable[np.ndarray],
+    passages: Iterable[Passage] | None,
+    *,
+    corpus: tuple[str, str | None] | None,
+    memory_bytes: int,
+    progress: Callable[[int], None] | None,
+) -> range:
+    """Write a new segment and commit `manifest` with it; without vectors, only the rest of it."""
+    first_id = end_id = manifest.next_id
+    with _new_segment(path, manifest) as folder:
+        spill = Spill(folder / "spill", quantizer, memory_bytes=memory_bytes)
+        with contextlib.closing(spill):
+            for batch in vectors:
+                spill.append(batch, end_id)
+                end_id += len(batch)
+                if progress:
+                    progress(len(batch))
+            if end_id == first_id:
+                if manifest != _current(path):
+                    _commit(path, manifest)
+                return range(first_id, first_id)
+            info = _write_segment(folder, quantizer, spill.lists(), first_id, end_id)
+        shutil.rmtree(folder / "spill")
+        if passages is not None:
+            numbered = (replace(p, id=first_id + i) for i, p in enumerate(passages))
+            num_texts = texts.write(folder, numbered, first_id=first_id)
+            if num_texts != end_id - first_id:
+                raise UsageError(f"{num_texts} passages for {end_id - first_id} vectors")
+            info = _with_texts(info, folder)
+        sync(folder)
+        changed = replace(manifest, next_id=end_id, segments=(*manifest.segments, info))
+        if corpus:
+            new = CorpusInfo(*corpus, first_id, end_id)
+            changed = replace(changed, corpora=(*manifest.corpora, new))
+        _commit(path, changed)
+    return range(first_id, end_id)
+
+
+def _current(path: Path) -> StoreManifest | None:
+    return read_manifest(path) if (path / MANIFEST).exists() else None
 
 
 def delete(path: Path, ids: Iterable[int]) -> int:
@@ -96,57 +171,101 @@ def delete(path: Path, ids: Iterable[int]) -> int:
     given or is deleted already.
     """
     with _changing(path):
-        manifest = read_manifest(path)
-        chosen = np.unique(np.fromiter(ids, np.int64))
-        deleted = stores.read_deleted(path, manifest)
-        unknown = chosen[(chosen < 0) | (chosen >= manifest.next_id) | np.isin(chosen, deleted)]
-        if len(unknown):
-            shown = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
-            raise UsageError(
-                f"{len(unknown)} of {len(chosen)} ids are not in {path}: {shown}",
-                remedy=f"give ids from 0 to {manifest.next_id - 1} that were not deleted",
-            )
-        if len(chosen):
-            name = f"deleted-{manifest.sequence + 1:06d}.npy"
-            with record.atomic(path / name) as file:
-                np.save(file, np.union1d(deleted, chosen))
-            _commit(path, replace(manifest, deleted=(name, mark(path / name))))
-        return len(chosen)
+        changed, count = _without(path, read_manifest(path), ids)
+        if count:
+            _commit(path, changed)
+        return count
 
 
-def compact(path: Path) -> int:
-    """Write all segments as one, without what was deleted; return the bytes that it freed.
+def _without(
+    path: Path, manifest: StoreManifest, ids: Iterable[int]
+) -> tuple[StoreManifest, int]:  # fmt: skip
+    """Write a file of deleted ids with `ids` in it; return the manifest to commit, and a count."""
+    chosen = np.unique(np.fromiter(ids, np.int64))
+    if not len(chosen):
+        return manifest, 0
+    deleted = stores.read_deleted(path, manifest)
+    unknown = chosen[(chosen < 0) | (chosen >= manifest.next_id) | np.isin(chosen, deleted)]
+    if len(unknown):
+        shown = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+        raise UsageError(
+            f"{len(unknown)} of {len(chosen)} ids are not in {path}: {shown}",
+            remedy=f"give ids from 0 to {manifest.next_id - 1} that were not deleted",
+        )
+    name = f"deleted-{manifest.sequence + 1:06d}.npy"
+    with record.atomic(path / name) as file:
+        np.save(file, np.union1d(deleted, chosen))
+    return replace(manifest, deleted=(name, mark(path / name))), len(chosen)
 
-    Memory: one list, and 8 bytes an id. Ids stay as they are. What is read is checked: a corrupt
-    list or text raises FormatError naming it, and the store stays as it was.
+
+def compact(path: Path, num_last: int | None = None) -> int:
+    """Write the last segments (all by default) as one, without what was deleted of them.
+
+    Returns the bytes that it freed. Memory: one list, and 8 bytes an id. Ids stay as they are. What
+    is read is checked: a corrupt list or text raises FormatError naming it, and the store stays as
+    it was.
     """
     with _changing(path), contextlib.closing(Store.open(path)) as store:
         manifest = store.manifest
-        if len(store.segments) < 2 and not store.num_pending:
+        old = manifest.segments[-num_last:] if num_last else manifest.segments
+        parts = store.segments[len(manifest.segments) - len(old) :]
+        if not old or (len(old) < 2 and not store.num_pending_in(old[0])):
             return 0
-        for error in store.verify_texts():
+        for error in store.verify_texts(old):
             raise error
         before = _folder_bytes(path)
-        segments: tuple[SegmentInfo, ...] = ()
+        segments = manifest.segments[: len(manifest.segments) - len(old)]
         with _new_segment(path, manifest) as folder:
-            if store.num_vectors:
-                first_id, end_id = manifest.segments[0].first_id, manifest.segments[-1].end_id
-                info = _write_segment(folder, store.quantizer, _merged(store), first_id, end_id)
-                if any(info.texts for info in manifest.segments):
-                    alive = (p for p in store.passages() if not store.is_deleted(p.id))
+            first_id, end_id = old[0].first_id, old[-1].end_id
+            info = _write_segment(folder, store.quantizer, _merged(store, parts), first_id, end_id)
+            if info.num_vectors:
+                if any(each.texts for each in old):
+                    alive = (p for p in store.passages(old) if not store.is_deleted(p.id))
                     texts.write(folder, alive, first_id=first_id, end_id=end_id)
                     info = _with_texts(info, folder)
                 sync(folder)
-                segments = (info,)
+                segments = (*segments, info)
             _commit(path, replace(manifest, segments=segments))
         _sweep(path)
         return before - _folder_bytes(path)
 
 
-def _merged(store: Store) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yield each list of all segments together, without its deleted vectors."""
+def set_nprobe(path: Path, nprobe: int) -> None:
+    """Have searches of an index look into `nprobe` lists by default."""
+    with _changing(path):
+        manifest = read_manifest(path)
+        quantizer = stores.read_quantizer(path, manifest)
+        if manifest.recipe is None or not 1 <= nprobe <= quantizer.num_lists:
+            raise UsageError(f"nprobe {nprobe} of {quantizer.num_lists} lists")
+        _commit(path, replace(manifest, recipe=replace(manifest.recipe, nprobe=nprobe)))
+
+
+def tidy(path: Path) -> int:
+    """Compact what growth has left, if there is enough of it; return the bytes that it freed.
+
+    The newest segments are merged while one is at most twice as large as all that came after it,
+    so n additions leave about log2(n) segments and write each vector about as often; a store whose
+    vectors are a third deleted is compacted whole.
+    """
+    with contextlib.closing(Store.open(path)) as store:
+        if 2 * store.num_pending > store.num_vectors:
+            num_last = len(store.segments)
+        else:
+            nums = [info.num_vectors for info in store.manifest.segments]
+            num_last = 1
+            while num_last < len(nums) and nums[-num_last - 1] <= 2 * sum(nums[-num_last:]):
+                num_last += 1
+            if num_last == 1:
+                return 0
+    return compact(path, num_last)
+
+
+def _merged(
+    store: Store, segments: list[Segment]
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:  # fmt: skip
+    """Yield each list of these segments together, without its deleted vectors."""
     for number in range(store.quantizer.num_lists):
-        parts = [segment.read(number) for segment in store.segments]  # their ids ascend
+        parts = [segment.read(number) for segment in segments]  # their ids ascend
         ids, codes = (np.concatenate(part) for part in zip(*parts, strict=True))
         alive = ~np.isin(ids, store.deleted, assume_unique=True)
         yield number, ids[alive], codes[alive]
@@ -194,7 +313,7 @@ def _changing(path: Path, *, new: bool = False) -> Iterator[None]:
     """Hold the store as its one writer; before and after, sweep away what is not current."""
     if not new:
         read_manifest(path)  # before a lock file is left in a folder that is no store
-    with locked(path, lambda name: _OURS.fullmatch(name) is not None):
+    with locked(path, ours):
         _sweep(path)
         try:
             yield
@@ -202,16 +321,21 @@ def _changing(path: Path, *, new: bool = False) -> Iterator[None]:
             _sweep(path)
 
 
+def ours(name: str) -> bool:
+    """Say whether a store may hold a file or folder of that name."""
+    return name in (BUILDING, LEXICAL) or _OURS.fullmatch(name) is not None
+
+
 def _sweep(path: Path) -> None:
     """Delete what the manifest does not name: replaced, or left by a writer that failed or died."""
-    if not (path / MANIFEST).exists():
-        return
-    manifest = read_manifest(path)
-    named = {MANIFEST, QUANTIZER, *(info.name for info in manifest.segments)}
-    if manifest.deleted:
+    manifest = _current(path)
+    named = {MANIFEST}
+    if manifest:
+        named |= {manifest.quantizer[0], *(info.name for info in manifest.segments)}
+    if manifest and manifest.deleted:
         named.add(manifest.deleted[0])
     for file in path.iterdir():
-        torn = re.match(r"\.(manifest\.json|quantizer\.bin|deleted-.*)\.", file.name)
+        torn = re.match(r"\.(manifest\.json|quantizer-.*|deleted-.*)\.", file.name)
         if torn or (_OURS.fullmatch(file.name) and file.name not in named):
             shutil.rmtree(file) if file.is_dir() else file.unlink()
 

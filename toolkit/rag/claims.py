@@ -45,9 +45,8 @@ class Demand:
         for _ in range(self.num_lists):
             self._give_back()
             entry = self._held = self._tiers.await_one(self)
-            segment = self._tiers.store.segments[entry.key[0]]
             data = self._tiers.arena.view(entry.place or 0, entry.num_bytes)
-            yield Block(entry.key, *segment.split(entry.key[1], data))
+            yield Block(entry.key, *entry.segment.split(entry.key[1], data))
         self._give_back()
 
     def _give_back(self) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from toolkit.errors import UsageError
@@ -27,6 +27,7 @@ _PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n\s*")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]”’]*\s+(?=[\"'(\[“‘]?[A-Z0-9*-])")
 
 
+Meta = Mapping[str, str | int | float | bool]  # what a passage can be filtered by
 Line = tuple[str, int, int]  # a line of text, and the lines of its source it begins and ends on
 
 
@@ -45,6 +46,7 @@ class Document:
     text: str
     first_lines: tuple[int, ...]
     last_lines: tuple[int, ...]
+    meta: Meta = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         num_lines = self.text.count("\n") + 1
@@ -71,11 +73,19 @@ class Passage:
     text: str
     start_line: int
     end_line: int
+    meta: Meta = field(default_factory=dict, hash=False)
 
     @property
     def embedded(self) -> str:
         """What the encoder reads: a passage cut from the middle still says what it is about."""
         return f"{self.title}\n{self.text}" if self.title else self.text
+
+    def digest(self, *, place: bool = False) -> bytes:
+        """Return 16 bytes for what it says, white space aside (and for where, if `place`)."""
+        normal = " ".join(self.embedded.split())
+        if place:
+            normal = f"{self.place}\0{sorted(self.meta.items())}\0{normal}"
+        return hashlib.blake2b(normal.encode(), digest_size=16).digest()
 
     @property
     def place(self) -> str:
@@ -195,6 +205,7 @@ def split(
             text=content,
             start_line=document.first_lines[line],
             end_line=document.last_lines[line + content.count("\n")],
+            meta=document.meta,
         )
         first_id += 1
 
@@ -215,11 +226,7 @@ def passages(
         for passage in split(document, words=words, overlap=overlap):
             if limit is not None and len(seen) >= limit:
                 return
-            normal = " ".join(passage.embedded.split())
-            mark = hashlib.blake2b(normal.encode(), digest_size=16).digest()
+            mark = passage.digest()
             if mark not in seen:
-                yield Passage(
-                    len(seen), passage.source, passage.title, passage.text,
-                    passage.start_line, passage.end_line,
-                )  # fmt: skip
+                yield replace(passage, id=len(seen))
                 seen.add(mark)

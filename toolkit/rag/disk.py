@@ -109,7 +109,12 @@ class DirectFile:
     def close(self) -> None:
         """Close the file; a read that comes too late fails, and reads no other file's bytes."""
         handle, self._handle = self._handle, -1
-        os.close(handle)
+        if handle != -1:
+            os.close(handle)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            self.close()
 
 
 # Fills buffers from a file: DirectFile.read, or what stands in for a slower or a failing disk.

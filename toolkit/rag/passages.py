@@ -9,7 +9,7 @@ import array
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,10 @@ def write(
     with record.atomic(folder / PASSAGES) as file:
         for passage in passages:
             skip_to(passage.id)
-            line = json.dumps(asdict(passage), ensure_ascii=False).encode() + b"\n"
+            fields = asdict(passage)
+            if not passage.meta:
+                del fields["meta"]
+            line = json.dumps(fields, ensure_ascii=False).encode() + b"\n"
             file.write(line)
             offsets.append(offsets[-1] + len(line))
             num_passages += 1
@@ -56,6 +59,12 @@ def write(
     with record.atomic(folder / OFFSETS) as file:
         np.save(file, np.array(offsets, dtype=np.int64))
     return num_passages
+
+
+def numbered(passages: Iterable[Passage]) -> Iterator[Passage]:
+    """Yield passages with ids from 0 on."""
+    for passage_id, passage in enumerate(passages):
+        yield passage if passage.id == passage_id else replace(passage, id=passage_id)
 
 
 class PassageFile:
@@ -115,3 +124,7 @@ class PassageFile:
     def close(self) -> None:
         """Close the text file."""
         self._file.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self.close()

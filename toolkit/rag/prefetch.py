@@ -31,6 +31,7 @@ class Pace:
         self.bytes_per_s = bytes_per_s
         self.token_s = token_s
         self._seen_disk = self._seen_generator = False
+        self._num_tokens: dict[str, float] = {}
 
     def generated(self, num_tokens: int, seconds: float) -> None:
         """Take note of a generation that ended."""
@@ -38,6 +39,14 @@ class Pace:
             old = self.token_s if self._seen_generator else None
             self.token_s = _smooth(old, seconds / num_tokens)
             self._seen_generator = True
+
+    def said(self, name: str, num_tokens: int) -> None:
+        """Take note of how long a kind of generation became."""
+        self._num_tokens[name] = _smooth(self._num_tokens.get(name), num_tokens)
+
+    def expected(self, name: str, max_tokens: int) -> int:
+        """Return how long such a generation will become: as those before, or all it may."""
+        return max(1, min(max_tokens, round(self._num_tokens.get(name, max_tokens))))
 
     def read(self, before: Traffic, after: Traffic) -> None:
         """Take note of what was read between two counts, while reads were in flight."""
@@ -90,13 +99,15 @@ class Lookahead:
         nprobe: int,
         multiple: float = 2.0,
         num_instalments: int = 4,
-        arena_share: float = 0.5,
+        arena_share: float = 0.9,
     ) -> None:
         """Bring in at most `multiple` times the bytes of `nprobe` lists.
 
-        `arena_share` of the memory is the most that one lookahead may claim, since others share it.
+        `arena_share` of the memory is the most that one lookahead asks for; what others hold or
+        want it does not get anyway.
         """
         self._tiers, self._pace = tiers, pace
+        self._store = tiers.store
         self._nprobe, self._multiple = nprobe, multiple
         self._num_instalments, self._arena_share = num_instalments, arena_share
         self._num_tokens = 0
@@ -116,7 +127,7 @@ class Lookahead:
 
     def begin(self, vector_D: np.ndarray, num_tokens: int) -> None:  # noqa: N803
         """Start with the vector [D] of the question, for a text of about `num_tokens`."""
-        store = self._tiers.store
+        store = self._store
         self._num_tokens = max(1, num_tokens)
         probes = store.quantizer.rank(vector_D, self._nprobe)
         self._budget_bytes = int(
@@ -144,7 +155,7 @@ class Lookahead:
 
     def _spend(self, vector_D: np.ndarray) -> None:  # noqa: N803
         """Ask for the best lists that are not there, as far as the instalments so far go."""
-        tiers, store = self._tiers, self._tiers.store
+        tiers, store = self._tiers, self._store
         self._num_spent += 1
         allowed = self._budget_bytes * self._num_spent // self._num_instalments
         left_bytes = allowed - sum(self._asked.values())
@@ -159,22 +170,26 @@ class Lookahead:
                 left_bytes -= size
                 self._asked[key] = size
             chosen.append(key)  # what is there already is wanted too, so it stays
-        self._parts.append(tiers.prefetch(chosen))
+        self._parts.append(tiers.prefetch(chosen, store))
 
-    def settle(self, probes: np.ndarray, seconds: float) -> Ahead:
+    def settle(
+        self, probes: np.ndarray, seconds: float, num_tokens: int | None = None
+    ) -> Ahead:  # fmt: skip
         """End the window: the text took `seconds`, and its search will look into `probes`.
+
+        `num_tokens` is how long the text became, when that is known to differ.
 
         Lists that are not among them are no longer wanted. Those that are stay until the search has
         leased them, so call this before it and leave the `with` after it.
         """
-        tiers, store = self._tiers, self._tiers.store
+        tiers, store = self._tiers, self._store
         resident = tiers.resident()
         wanted = set(store.keys(probes))
         unread = {key for part in self._parts for key in part.unread()}
         for part in self._parts:
             part.keep(wanted.__contains__)
         read = {key: size for key, size in self._asked.items() if key not in unread}
-        self._pace.generated(self._num_tokens, seconds)
+        self._pace.generated(self._num_tokens if num_tokens is None else num_tokens, seconds)
         self._pace.read(self._before, tiers.traffic())
         return Ahead(
             budget_bytes=self._budget_bytes,

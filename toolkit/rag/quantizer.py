@@ -13,18 +13,29 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
 from toolkit import record
 from toolkit.errors import FormatError, UsageError, require, unknown_name
-from toolkit.rag import index
 from toolkit.rag.disk import checksum
 
 # f32 keeps vectors as they are; f16 halves, sq8 (8 bits a component, between limits learnt in
 # training) quarters the bytes that a search reads, at a loss that `toolkit rag eval` measures.
 Encoding = Literal["f32", "f16", "sq8"]
+
+
+def find_encoding(name: str) -> Encoding:
+    """Return the encoding of that name. Raises UsageError naming the nearest.
+
+    >>> find_encoding("sq8")
+    'sq8'
+    """
+    if name not in get_args(Encoding):
+        raise unknown_name("encoding", name, get_args(Encoding))
+    return cast("Encoding", name)
+
 
 _MAGIC, _VERSION = b"TKQUANT", 1
 _HEADER = np.dtype(
@@ -76,8 +87,7 @@ class Quantizer:
         List numbers follow a greedy tour over the centroids, so that lists which one query probes
         lie near one another on disk. Raises UsageError when there are fewer vectors than lists.
         """
-        if encoding not in get_args(Encoding):
-            raise unknown_name("encoding", encoding, get_args(Encoding))
+        find_encoding(encoding)
         if not 1 <= num_lists <= len(sample_ND):
             raise UsageError(
                 f"{num_lists} lists to train from {len(sample_ND)} vectors",
@@ -85,8 +95,15 @@ class Quantizer:
             )
         faiss = require("faiss", extra="rag")
         sample_ND = np.ascontiguousarray(sample_ND, np.float32)  # noqa: N806
-        trained = index.train(sample_ND, num_lists, seed=seed)
-        centroids_LD = trained.quantizer.reconstruct_n(0, num_lists)  # noqa: N806
+        flat = faiss.IndexFlatIP(sample_ND.shape[1])
+        kmeans = faiss.IndexIVFFlat(
+            flat, sample_ND.shape[1], num_lists, faiss.METRIC_INNER_PRODUCT
+        )  # fmt: skip
+        kmeans.cp.seed = seed
+        kmeans.cp.spherical = True  # vectors have length 1, so centroids should
+        kmeans.cp.min_points_per_centroid = 1  # few are allowed; FAISS would print warnings
+        kmeans.train(sample_ND)
+        centroids_LD = flat.reconstruct_n(0, num_lists)  # noqa: N806
         limits = np.empty(0, np.float32)
         if encoding == "sq8":
             scalar = faiss.ScalarQuantizer(sample_ND.shape[1], _scalar_kind(encoding))

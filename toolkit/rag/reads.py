@@ -33,14 +33,14 @@ class State(enum.Enum):
 class Entry:
     """What the tiers know of one list; they own it and change it under their lock."""
 
-    __slots__ = ("demands", "key", "leases", "num_bytes", "offset", "place", "priority", "state",
-                 "wanted")  # fmt: skip
+    __slots__ = ("demands", "key", "leases", "num_bytes", "offset", "place", "priority", "segment",
+                 "state", "wanted")  # fmt: skip
 
     def __init__(self, store: Store, key: Key) -> None:
-        segment = store.segments[key[0]]
+        self.segment = store.segment(key)
         self.key = key
-        self.num_bytes = int(segment.sizes[key[1]])
-        self.offset = int(segment.offsets[key[1]])  # in the segment's file
+        self.num_bytes = int(self.segment.sizes[key[1]])
+        self.offset = int(self.segment.offsets[key[1]])  # in the segment's file
         self.place: int | None = None  # in the arena
         self.priority = Priority.LOOKAHEAD
         self.state = State.NEW

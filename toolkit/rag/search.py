@@ -90,7 +90,7 @@ def search(
         for b in left:
             for key in keys[b]:
                 askers.setdefault(key, []).append(b)
-        with tiers.demand(askers) as demand:
+        with tiers.demand(askers, store) as demand:
             for block in demand:
                 for b in askers[block.key]:
                     scans[b].add(block.ids, block.codes)

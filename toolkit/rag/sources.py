@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from toolkit.errors import FormatError, ToolkitError, UsageError, require, unknown_name
+from toolkit.errors import (
+    FormatError,
+    MissingExtraError,
+    ToolkitError,
+    UsageError,
+    require,
+    unknown_name,
+)
 from toolkit.rag import python_docs
-from toolkit.rag.corpus import Corpus, Document, Line
+from toolkit.rag.corpus import Corpus, Document, Line, Meta
 
 PYTHON_DOCS = "python-docs"
 DATASET = "datasets:"  # prefix: datasets:NAME[/CONFIG...][:SPLIT]
@@ -23,35 +31,48 @@ _TEXT = """
 TEXT_SUFFIXES = frozenset(_TEXT.split())
 HTML_SUFFIXES = frozenset((".html", ".htm", ".xhtml"))
 JSONL_SUFFIXES = frozenset((".jsonl", ".ndjson"))
+PDF_SUFFIXES = frozenset((".pdf",))
+
+_READ = TEXT_SUFFIXES | HTML_SUFFIXES | JSONL_SUFFIXES | PDF_SUFFIXES
 
 Skipped = Callable[[str, str], None]
 
 
-def find(spec: str, *, text_field: str = "text") -> Corpus:
+@dataclass(frozen=True)
+class Fields:
+    """Which fields of a record are its text and its metadata."""
+
+    text: str
+    meta: tuple[str, ...] = ()
+
+
+def find(spec: str, *, text_field: str = "text", meta_fields: Sequence[str] = ()) -> Corpus:
     """Return the corpus that `spec` names.
 
-    `python-docs`; a folder (text, source code, HTML and JSONL below it); one such file; or
+    `python-docs`; a folder (text, source code, HTML, PDF and JSONL below it); one such file; or
     `datasets:NAME` (a Hugging Face data set, or a folder written by its save_to_disk), optionally
-    with `:SPLIT`. `text_field` is the field of JSONL records and data set rows that is read.
+    with `:SPLIT`. `text_field` is the field of JSONL records and data set rows that is read;
+    `meta_fields` are kept with each passage, to be filtered by.
 
     Raises UsageError when nothing of that name exists.
     """
+    fields = Fields(text_field, tuple(meta_fields))
     if spec == PYTHON_DOCS:
         root = python_docs.root()
         return Corpus(spec, root, lambda skipped: python_docs.documents(root, skipped))
     if spec.startswith(DATASET):
         name, _, split = spec.removeprefix(DATASET).partition(":")
         rows = _dataset(name, split or "train")
-        return Corpus(spec, None, lambda skipped: _row_documents(name, rows, text_field, skipped))
+        return Corpus(spec, None, lambda skipped: _row_documents(name, rows, fields, skipped))
     path = Path(spec).expanduser()
     if path.is_dir():
         root = path.resolve()
-        return Corpus(str(root), root, lambda skipped: _folder_documents(root, text_field, skipped))
+        return Corpus(str(root), root, lambda skipped: _folder_documents(root, fields, skipped))
     if path.is_file():
         file = path.resolve()
         return Corpus(
             str(file), file.parent,
-            lambda skipped: _file_documents(file, file.name, text_field, skipped),
+            lambda skipped: _file_documents(file, file.name, fields, skipped),
         )  # fmt: skip
     if "/" not in spec and "." not in spec:
         raise unknown_name("corpus", spec, [PYTHON_DOCS])
@@ -61,7 +82,7 @@ def find(spec: str, *, text_field: str = "text") -> Corpus:
     )
 
 
-def _folder_documents(root: Path, text_field: str, skipped: Skipped) -> Iterator[Document]:
+def _folder_documents(root: Path, fields: Fields, skipped: Skipped) -> Iterator[Document]:
     """Yield the documents of every readable file below `root`, by path; hidden ones left out."""
     for place, folders, files in os.walk(root):
         if _is_index(Path(place)):
@@ -74,8 +95,11 @@ def _folder_documents(root: Path, text_field: str, skipped: Skipped) -> Iterator
                 continue
             path = Path(place) / name
             source = path.relative_to(root).as_posix()
-            if path.suffix.lower() in TEXT_SUFFIXES | HTML_SUFFIXES | JSONL_SUFFIXES:
-                yield from _file_documents(path, source, text_field, skipped)
+            if path.suffix.lower() in _READ:
+                try:
+                    yield from _file_documents(path, source, fields, skipped)
+                except MissingExtraError as error:
+                    skipped(source, str(error))
             else:
                 skipped(source, f"{path.suffix or 'a file without suffix'} is not read")
 
@@ -87,11 +111,14 @@ def _is_index(folder: Path) -> bool:
 
 
 def _file_documents(
-    path: Path, source: str, text_field: str, skipped: Skipped
+    path: Path, source: str, fields: Fields, skipped: Skipped
 ) -> Iterator[Document]:
     suffix = path.suffix.lower()
     if suffix in JSONL_SUFFIXES:
-        yield from _jsonl_documents(path, source, text_field)
+        yield from _jsonl_documents(path, source, fields)
+        return
+    if suffix in PDF_SUFFIXES:
+        yield from _pdf_documents(path, source, skipped)
         return
     try:
         text = path.read_text(encoding="utf-8-sig", errors="replace")
@@ -198,7 +225,29 @@ class _Page(HTMLParser):
         return [(line.rstrip(), first, last) for line, first, last in self._lines]
 
 
-def _jsonl_documents(path: Path, source: str, text_field: str) -> Iterator[Document]:
+def _pdf_documents(path: Path, source: str, skipped: Skipped) -> Iterator[Document]:
+    """Yield one document, the text of a PDF; its "lines" are pages, the only places a PDF has."""
+    pypdf = require("pypdf", extra="pdf")
+    try:
+        reader = pypdf.PdfReader(path)
+        title = str((reader.metadata or {}).get("/Title") or "").strip() or Path(source).stem
+        pages = [page.extract_text() for page in reader.pages]
+    # What a broken PDF raises comes from all over pypdf, its parsers' KeyErrors among it.
+    except Exception as error:
+        skipped(source, f"not a PDF that can be read ({type(error).__name__})")
+        return
+    lines = [
+        (line.rstrip(), number, number)
+        for number, page in enumerate(pages, start=1)
+        for line in [*page.split("\n"), ""]
+    ]
+    if any(line[0] for line in lines):
+        yield Document.of_lines(source, title, lines)
+    else:
+        skipped(source, "a PDF without text: scanned pages are not read")
+
+
+def _jsonl_documents(path: Path, source: str, fields: Fields) -> Iterator[Document]:
     """Yield a document a record; its line is the record's line in the file."""
     number = 0
     try:
@@ -206,30 +255,36 @@ def _jsonl_documents(path: Path, source: str, text_field: str) -> Iterator[Docum
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     where = f"{path}, line {number}"
-                    yield _row(source, *_fields(json.loads(line), text_field, where), number)
+                    yield _row(source, *_fields(json.loads(line), fields, where), number)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FormatError(f"{path}, line {number}: not JSON ({error})") from error
     except OSError as error:
         raise ToolkitError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _row(source: str, text: str, title: str, number: int) -> Document:
+def _row(source: str, text: str, title: str, meta: Meta, number: int) -> Document:
     numbers = (number,) * (text.count("\n") + 1)
-    return Document(source, title, text, numbers, numbers)
+    return Document(source, title, text, numbers, numbers, meta)
 
 
-def _fields(record: Any, text_field: str, where: str) -> tuple[str, str]:
+def _fields(record: Any, fields: Fields, where: str) -> tuple[str, str, Meta]:
+    """Return a record's text, title, and those metadata fields that it has as scalars."""
     if not isinstance(record, dict):
         raise FormatError(f"{where}: a record is an object, not {type(record).__name__}")
-    text = record.get(text_field)
+    text = record.get(fields.text)
     if not isinstance(text, str):
-        fields = [name for name, value in record.items() if isinstance(value, str)]
+        names = [name for name, value in record.items() if isinstance(value, str)]
         raise UsageError(
-            f"{where}: no text in the field {text_field!r}",
-            remedy=f"choose one with --text-field; it has: {', '.join(fields) or 'no text fields'}",
+            f"{where}: no text in the field {fields.text!r}",
+            remedy=f"choose one with --text-field; it has: {', '.join(names) or 'no text fields'}",
         )
     title = record.get("title")
-    return text, title if isinstance(title, str) else ""
+    meta = {
+        name: record[name]
+        for name in fields.meta
+        if isinstance(record.get(name), str | int | float | bool)
+    }
+    return text, title if isinstance(title, str) else "", meta
 
 
 def _dataset(name: str, split: str) -> Iterable[Any]:
@@ -249,13 +304,13 @@ def _dataset(name: str, split: str) -> Iterable[Any]:
 
 
 def _row_documents(
-    name: str, rows: Iterable[Any], text_field: str, skipped: Skipped
+    name: str, rows: Iterable[Any], fields: Fields, skipped: Skipped
 ) -> Iterator[Document]:
     try:
         for number, row in enumerate(rows, start=1):
-            text, title = _fields(row, text_field, f"{name}, row {number}")
+            text, title, meta = _fields(row, fields, f"{name}, row {number}")
             if text.strip():
-                yield _row(name, text, title, number)
+                yield _row(name, text, title, meta, number)
             else:
                 skipped(f"{name}:{number}", "an empty row")
     except OSError as error:  # a streamed data set comes over the network

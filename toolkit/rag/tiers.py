@@ -62,14 +62,8 @@ class Tiers:
         that waits for a list reads it, in a deterministic order; then only one thread may use this.
         Raises UsageError when the budget is smaller than the largest list.
         """
-        largest = max((int(each.sizes.max()) for each in store.segments), default=0)
         self.arena = Arena(budget_bytes)
-        if self.arena.budget_bytes < largest:
-            raise UsageError(
-                f"a budget of {units.format_bytes(budget_bytes)} is less than the largest list, "
-                f"{units.format_bytes(largest)}",
-                remedy=f"give at least {units.format_bytes(largest)}, or build with more lists",
-            )
+        self._check_room(store)
         self.store = store
         self._policy = policy or Hotness()
         self._read, self._clock = read, clock
@@ -89,8 +83,35 @@ class Tiers:
         for reader in self._readers:
             reader.start()
 
-    def demand(self, keys: Iterable[Key]) -> Demand:
-        """Ask for lists now. Iterate the result, inside its `with`, over their blocks.
+    def follow(self, store: Store) -> None:
+        """Go on with a later state of the store (opened `after` this one).
+
+        What is in memory of segments that are still there stays, so nothing is read again but what
+        is new. Searches and lookaheads in progress end on the state they began with.
+        """
+        with self._lock:
+            self._check_room(store)
+            self.store = store
+            serials = {info.serial for info in store.manifest.segments}
+            for entry in list(self._entries.values()):
+                idle = entry.state is State.RESIDENT and not entry.leases
+                if idle and entry.key[0] not in serials:
+                    self._evict(entry)
+            self._work.notify()
+
+    def _check_room(self, store: Store) -> None:
+        largest = max((int(each.sizes.max()) for each in store.segments), default=0)
+        if self.arena.budget_bytes < largest:
+            raise UsageError(
+                f"a budget of {units.format_bytes(self.arena.budget_bytes)} is less than the "
+                f"largest list, {units.format_bytes(largest)}",
+                remedy=f"give at least {units.format_bytes(largest)}, or build with more lists",
+            )
+
+    def demand(self, keys: Iterable[Key], store: Store | None = None) -> Demand:
+        """Ask for lists now, of the newest state or of `store`, an earlier one.
+
+        Iterate the result, inside its `with`, over their blocks.
 
         What is resident comes first, then each list as its read ends. Iterating raises the
         ToolkitError of a list that could not be read, the FormatError of one that is corrupt.
@@ -99,7 +120,7 @@ class Tiers:
         with self._lock:
             self._policy.step()
             for key in sorted(set(keys)):  # in the order of their places on disk
-                entry = self._entry(key)
+                entry = self._entry(key, store)
                 demand.num_lists += 1
                 if entry.state is State.RESIDENT:
                     demand.resident_bytes += entry.num_bytes
@@ -116,14 +137,14 @@ class Tiers:
             self._work.notify_all()
         return demand
 
-    def prefetch(self, keys: Sequence[Key]) -> Prefetch:
+    def prefetch(self, keys: Sequence[Key], store: Store | None = None) -> Prefetch:
         """Ask for lists that a search will probably want, most probable first.
 
         Reads of several prefetches take turns, rank by rank. A list that finds no room among what
         is idle is not read.
         """
         with self._lock:
-            entries = [self._entry(key) for key in dict.fromkeys(keys)]
+            entries = [self._entry(key, store) for key in dict.fromkeys(keys)]
             for rank, entry in enumerate(entries):
                 entry.wanted += 1
                 if entry.state is State.NEW:
@@ -309,7 +330,7 @@ class Tiers:
 
     def _fetch(self, batch: list[Entry]) -> Exception | None:
         """Read neighbouring lists into their places; return what went wrong."""
-        segment = self.store.segments[batch[0].key[0]]
+        segment = batch[0].segment
         try:
             blocks = [self.arena.view(each.place or 0, each.num_bytes) for each in batch]
             self._read(segment.file, batch[0].offset, [block.data for block in blocks])
@@ -321,10 +342,10 @@ class Tiers:
 
     # An entry from one state to the next, under the lock.
 
-    def _entry(self, key: Key) -> Entry:
+    def _entry(self, key: Key, store: Store | None) -> Entry:
         if self._closed:
             raise ToolkitError("the index is closed")
-        return self._entries.get(key) or Entry(self.store, key)
+        return self._entries.get(key) or Entry(store or self.store, key)
 
     def _enqueue(self, entry: Entry, priority: Priority, rank: int) -> None:
         self._entries[entry.key] = entry

@@ -7,16 +7,27 @@ here one document is written. TeleRAG calls this pipeline "linear".
 
 from __future__ import annotations
 
-from toolkit.rag.retriever import Hit
-from toolkit.rag.session import Session
+from dataclasses import dataclass
 
-_MAX_TOKENS = 64  # about a passage; the text is searched with, never shown
+from toolkit.rag import prompts
+from toolkit.rag.session import Evidence, Session
 
 
-def retrieve(session: Session, question: str) -> list[Hit]:
-    """Return the best passages for the question and a hypothetical answer to it."""
-    prompt = f"Write one short paragraph that answers the question.\nQuestion: {question}"
-    hypothetical = session.generate(
-        [{"role": "user", "content": prompt}], max_tokens=_MAX_TOKENS, name="hypothetical passage"
-    )
-    return session.search(question, documents=[hypothetical] if hypothetical.strip() else [])
+@dataclass(frozen=True)
+class HyDE:
+    """Generate, then search. `max_tokens` is about a passage; it is searched with, never shown."""
+
+    max_tokens: int = 64
+
+    def run(self, session: Session, question: str) -> Evidence:
+        """Return the best passages for the question and a hypothetical answer to it."""
+        text = session.generate(
+            prompts.hypothetical(question), max_tokens=self.max_tokens,
+            name="hypothetical passage", towards=lambda text: with_text(question, text),
+        )  # fmt: skip
+        return Evidence(session.search(*with_text(question, text)))
+
+
+def with_text(question: str, text: str) -> tuple[str, list[str]]:
+    """Return the search for a question and a text, or for the question alone while it is empty."""
+    return question, [text] if text.strip() else []

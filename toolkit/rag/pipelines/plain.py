@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from toolkit.rag.retriever import Hit
-from toolkit.rag.session import Session
+from dataclasses import dataclass
+
+from toolkit.rag.session import Evidence, Session
 
 
-def retrieve(session: Session, question: str) -> list[Hit]:
-    """Return the best passages for the question itself."""
-    return session.search(question)
+@dataclass(frozen=True)
+class Plain:
+    """One search."""
+
+    def run(self, session: Session, question: str) -> Evidence:
+        """Return the best passages for the question itself."""
+        return Evidence(session.search(question))
