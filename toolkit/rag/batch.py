@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from toolkit.errors import ToolkitError
 from toolkit.rag.retriever import Hit, Retriever
 from toolkit.rag.search import Searched
 
@@ -70,11 +71,16 @@ class Grouping(Retriever):
         self, vectors: Sequence[np.ndarray], k: int = 5, nprobe: int | None = None,
         *, among: Any = None,
     ) -> tuple[list[list[Hit]], Searched]:  # fmt: skip
-        """Return the `k` best passages for each vector; waits for its turn."""
+        """Return the `k` best passages for each vector; waits for its turn.
+
+        Raises ToolkitError once it is closed.
+        """
         probes = [self.rank(vector, nprobe) for vector in vectors]
         lists = frozenset(int(number) for number in np.unique(np.concatenate(probes)))
         waiting = _Waiting(vectors, k, nprobe, among, lists, self._clock())
         with self._came:
+            if self._closed:
+                raise ToolkitError("the index is closed")
             self._queue.append(waiting)
             self._came.notify()
         return waiting.done.result()
