@@ -108,8 +108,11 @@ class Controller(Protocol):
         """
         ...
 
-    def observe(self, own: Phase | None, model_s: float, measured_s: float) -> None:
-        """Take in what a step took that `predict` had said would take `model_s`."""
+    def observe(self, own: Phase | None, model_s: float, measured_s: float) -> float:
+        """Take in what a step took that `predict` had said would take `model_s`.
+
+        Returns what was expected of it, everything known before it counted in.
+        """
         ...
 
 
@@ -170,9 +173,12 @@ class Predictor:
             self._usages[phase] = known
         return known[2]
 
-    def observe(self, own: Phase | None, model_s: float, measured_s: float) -> None:
-        """Take in a step's measured seconds."""
-        self.corrections[own].observe(model_s=model_s, measured_s=measured_s)
+    def observe(self, own: Phase | None, model_s: float, measured_s: float) -> float:
+        """Take in a step's measured seconds; return those predicted, correction included."""
+        correction = self.corrections[own]
+        predicted_s = correction.apply(model_s)
+        correction.observe(model_s=model_s, measured_s=measured_s)
+        return predicted_s
 
 
 class Fixed(Predictor):
