@@ -4,17 +4,20 @@ Nexus divides always. Here "undivided" is one of the layouts (as in DuetServe, a
 because dividing reads the weights twice and leaves units idle where the load is one-sided. The
 choice:
 
-- With a target for the time between tokens: undivided while the predicted mixed step keeps it.
-- Without: whichever loses less time until the present chunk of prompt is done, in request-seconds.
-All
+- Whichever loses less time until the present chunk of prompt is done, in request-seconds. All
   waiting prompts lose the chunk's time. A decoding request loses what it could have done alone in
-  the meantime, where a step of T_alone gives it a token:
+  the meantime, where a step of T_alone gives it a token. Undivided in n steps:
 
-      undivided: waiting * T_mixed   + decoding * (T_mixed - T_alone)
+      undivided: waiting * n T_mixed + decoding * n (T_mixed - T_alone)
       divided:   waiting * T_prefill + decoding * T_prefill * (1 - T_alone / T_decode)
 
   A long queue so makes for undivided steps, which get through the most tokens; many decoding
   requests beside a few long prompts make for a division.
+- With a target for the time between tokens, only what keeps it is weighed: cuts that leave decode
+  enough, and undivided steps with no more of a prompt than they have time for (`Decision.chunk`:
+  a share of time, where a cut is a share of units; Sarathi-Serve's budget, arXiv 2403.02310, found
+  by the cost model). A target that decoding alone could not keep is not held against a layout:
+  twice what it takes alone is always allowed.
 
 Divisions come from Nexus's search (`search.py`): the cut of either mode is weighed. With the
 paper's slacks the two can contradict each other, and then "decode first" leaves decode fewer units
@@ -29,7 +32,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from toolkit.errors import InfeasibleError, UsageError
@@ -39,23 +42,12 @@ from toolkit.serve.split.correction import Correction
 from toolkit.serve.split.cost_model import CostModel, Usage
 from toolkit.serve.split.layouts import Layout
 from toolkit.serve.split.search import Mode, SearchConfig, greedy, search
+from toolkit.serve.split.weighing import Seconds, Situation, Weighing
 from toolkit.serve.split.work import Load
 from toolkit.units import format_seconds
 
-
-@dataclass(frozen=True, slots=True)
-class Situation:
-    """What the controller sees: what either phase computes now or next, and who waits for it.
-
-    `waiting` prompts are queued or being computed, `decoding` requests have tokens to come;
-    `kv_usage` is the part of the KV cache in use, 0 to 1.
-    """
-
-    prefill: Load
-    decode: Load
-    waiting: int
-    decoding: int
-    kv_usage: float
+# Tokens of prompts that an undivided step may be held to.
+_CHUNKS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
 
 
 class Forecast(NamedTuple):
@@ -75,13 +67,18 @@ class Forecast(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A layout, since when it holds, and why, in a sentence for people."""
+    """A layout, since when it holds, and why, in a sentence for people.
+
+    `chunk` is how many tokens of prompts an undivided step may hold beside decoding requests; None
+    is as many as fit.
+    """
 
     layout: Layout
     since_s: float
     reason: str
     mode: Mode = Mode.PREFILL
     forecast: Forecast | None = None
+    chunk: int | None = None
 
 
 class Controller(Protocol):
@@ -242,28 +239,62 @@ class Dynamic(Predictor):
         Where one phase has nothing to do the layout stays: whoever launches steps gives a phase
         that is alone the whole device anyway.
         """
-        early = now - self._changed_s < self.config.dwell_s
-        if early or now - self._looked_s < self.config.interval_s or not self._cuts:
+        if now - self._looked_s < self.config.interval_s:
+            return self.decision
+        target_s, early = self.config.tbt_target_s, now - self._changed_s < self.config.dwell_s
+        if target_s is None and (early or not self._cuts):
             return self.decision
         self._looked_s = now
         situation = look()
         if not (situation.prefill and situation.decode):
             return self.decision
+        if early or not self._cuts:
+            # How much of a prompt a step holds is no change of layout.
+            if target_s is not None:
+                chunk = self._chunk(situation, self._allowed_s(situation))[0]
+                self.decision = replace(self.decision, chunk=chunk)
+            return self.decision
         self._mode = self.config.search.mode(situation.kv_usage, self._mode)
-        layout, forecast, reason = self._choose(situation)
+        layout, forecast, reason, chunk = self._choose(situation)
         changes = layout is not self.decision.layout
         since_s = now if changes else self.decision.since_s
-        self.decision = Decision(layout, since_s, reason, self._mode, forecast)
+        self.decision = Decision(layout, since_s, reason, self._mode, forecast, chunk)
         if changes:
             self._changed_s = now
             self.num_changes += 1
             self.history.append(self.decision)
         return self.decision
 
-    def _choose(self, situation: Situation) -> tuple[Layout, Forecast, str]:
-        """Return the layout, what it is expected to take, and why."""
+    def _allowed_s(self, situation: Situation) -> float:
+        """The seconds a token may take: as promised, or twice what decoding takes by itself."""
+        assert self.config.tbt_target_s is not None
+        alone_s = self.cost.alone(situation.decode, Phase.DECODE).seconds
+        return max(self.config.tbt_target_s, 2.0 * self.corrections[Phase.DECODE].apply(alone_s))
+
+    def _chunk(self, situation: Situation, allowed_s: float | None) -> tuple[int | None, float]:
+        """How much of a prompt a mixed step has time for, and its predicted seconds.
+
+        Without a limit all there is (None). Where not even the least keeps it, the least.
+        """
+
+        def seconds(tokens: int) -> float:
+            part = situation.prefill.first(tokens)
+            return self.corrections[None].apply(self.cost.undivided(part, situation.decode))
+
+        whole = situation.prefill.tokens
+        if allowed_s is None or seconds(whole) <= allowed_s:
+            return None, seconds(whole)
+        sizes = [size for size in _CHUNKS if size < whole] or [whole]
+        at = greedy(lambda i: seconds(sizes[i]) <= allowed_s, len(sizes) // 2, len(sizes))
+        return sizes[at], seconds(sizes[at])
+
+    def _choose(self, situation: Situation) -> tuple[Layout, Forecast, str, int | None]:
+        """Return the layout, what it is expected to take, why, and the decision's chunk."""
         cost, config = self.cost, self.config
-        mixed_s = self.corrections[None].apply(cost.undivided(situation.prefill, situation.decode))
+        allowed_s = None
+        if config.may_undivide and config.tbt_target_s is not None:
+            allowed_s = self._allowed_s(situation)
+        chunk, mixed_s = self._chunk(situation, allowed_s)
         known: dict[int, tuple[float, float]] = {}
 
         def seconds(cut: int) -> tuple[float, float]:
@@ -301,71 +332,32 @@ class Dynamic(Predictor):
 
         if not config.may_undivide:
             at = self._steady(found(self._mode))
-            return (
-                self._cuts[at],
-                forecast(at),
-                f"{self._mode.value}: {forecast(at).at(self._cuts[at])}",
-            )
-        if config.tbt_target_s is not None:
-            return self._by_target(config.tbt_target_s, mixed_s, forecast)
-        cuts = {found(mode) for mode in Mode}
-        if self._mode is Mode.DECODE:
-            cuts = {min(cuts)}
-        return self._by_time_lost(situation, cuts, least[Phase.DECODE], forecast)
-
-    def _by_target(
-        self, target_s: float, mixed_s: float, forecast: Callable[[int], Forecast]
-    ) -> tuple[Layout, Forecast, str]:
-        """Undivided while that keeps the target, else the largest part for prefill that does."""
-        # Coming back takes a margin; leaving does not, or the target would be missed meanwhile.
-        margin = 0.0 if self.decision.layout.undivided else self.config.margin
-        at = greedy(
-            lambda cut: forecast(cut).decode_s <= target_s,
-            self._near[Mode.PREFILL],
-            len(self._cuts),
+            reason = f"{self._mode.value}: {forecast(at).at(self._cuts[at])}"
+            return self._cuts[at], forecast(at), reason, None
+        if allowed_s is None:
+            cuts = {found(mode) for mode in Mode}
+            if self._mode is Mode.DECODE:
+                cuts = {min(cuts)}
+        else:
+            near = self._near[Mode.PREFILL]
+            keeps = greedy(lambda cut: forecast(cut).decode_s <= allowed_s, near, len(self._cuts))
+            self._near[Mode.PREFILL] = keeps
+            cuts = {keeps}
+        weighing = Weighing(
+            situation,
+            chunk,
+            mixed_s,
+            self.corrections[Phase.DECODE].apply(least[Phase.DECODE]),
+            allowed_s,
+            lambda cut: Seconds(*forecast(cut)[:2]),
         )
-        self._near[Mode.PREFILL] = at
-        keeps = mixed_s <= target_s * (1.0 - margin)
-        layout = self._undivided if keeps else self._cuts[self._steady(at)]
-        said = "keeps" if keeps else "would miss"
-        steps = forecast(at).at(self._cuts[at])
-        reason = f"the mixed step {said} {format_seconds(target_s)} a token: {steps}"
-        return layout, forecast(at), reason
-
-    def _by_time_lost(
-        self,
-        situation: Situation,
-        cuts: set[int],
-        least_decode_s: float,
-        forecast: Callable[[int], Forecast],
-    ) -> tuple[Layout, Forecast, str]:
-        """Whichever layout loses least time; the present one unless another saves enough."""
-        waiting, decoding = situation.waiting, situation.decoding
-        alone_s = self.corrections[Phase.DECODE].apply(least_decode_s)
-
-        def apart(cut: int) -> float:
-            prefill_s, decode_s, _ = forecast(cut)
-            return prefill_s * (waiting + decoding * max(0.0, 1.0 - alone_s / decode_s))
-
-        mixed_s = forecast(self._at).undivided_s
-        together = waiting * mixed_s + decoding * max(0.0, mixed_s - alone_s)
-        best = min(sorted(cuts), key=apart)
-        is_undivided = self.decision.layout.undivided
-        present = together if is_undivided else apart(self._at)
-        keep, at = present * (1.0 - self.config.margin), self._at
-        layout = self.decision.layout
-        if apart(best) < min(keep, together):
-            layout, at = self._cuts[best], best
-        elif together < keep:
-            layout, at = self._undivided, best
-        elif is_undivided:
-            at = best
-        self._at = at
-        reason = (
-            f"{waiting} prompts and {decoding} decoding lose {apart(at):.3g} request-seconds each "
-            f"chunk divided, {together:.3g} undivided: {forecast(at).at(self._cuts[at])}"
-        )
-        return layout, forecast(at), reason
+        present = None if self.decision.layout.undivided else self._at
+        chosen = weighing.choose(sorted(cuts), present, config.margin)
+        # Of cuts not taken the best is told.
+        self._at = min(sorted(cuts), key=weighing.apart_s) if chosen is None else chosen
+        layout = self._undivided if chosen is None else self._cuts[chosen]
+        said = f"{weighing.said(self._at)}: {forecast(self._at).at(self._cuts[self._at])}"
+        return layout, forecast(self._at), said, chunk
 
     def _steady(self, at: int) -> int:
         """A cut, or the one before it where the two are too near each other to move."""
