@@ -29,6 +29,7 @@ from toolkit.serve.model.part import Part
 from toolkit.serve.model.quantisation import check_mode, chosen, kv_dtype, make_decoder
 from toolkit.serve.model.tokenizer import Tokenizer
 from toolkit.serve.scheduler import Scheduler, SchedulerConfig
+from toolkit.serve.split.controller import Dynamic
 from toolkit.serve.split.engine import DividedEngine
 from toolkit.serve.split.settings import SplitSettings
 from toolkit.serve.tensor_plan import TensorPlan
@@ -115,8 +116,9 @@ class Assembly:
     def layout(self) -> dict[str, Any]:
         """Return how the engine lies on this machine: threads, memory, limits."""
         scheduler, pool = self.engine.scheduler, self.engine.scheduler.pool
-        divided = None
+        split, divided = "off", None
         if isinstance(self.engine, DividedEngine):
+            split = "auto" if isinstance(self.engine.controller, Dynamic) else "fixed"
             divided = [str(layout) for layout in self.engine.controller.layouts]
         return {
             "threads": self.executor.threads,
@@ -133,6 +135,7 @@ class Assembly:
             "max_batch": scheduler.config.max_batch,
             "step_tokens": scheduler.config.step_tokens,
             "policy": scheduler.prefill_policy.name,
+            "split": split,
             "layouts": divided,
         }
 

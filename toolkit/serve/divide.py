@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from toolkit import log
 from toolkit.errors import UsageError
 from toolkit.hardware import find_device
 from toolkit.hardware.device import Device
+from toolkit.hardware.measured import processor_name
 from toolkit.hardware.share import split as cut
 from toolkit.serve.clock import WallClock
 from toolkit.serve.executor.phases import PhasedCpuExecutor
 from toolkit.serve.model.native import NativeDecoder
 from toolkit.serve.scheduler import Scheduler
 from toolkit.serve.split import layouts
+from toolkit.serve.split.calibration import ServeCalibration
 from toolkit.serve.split.controller import Controller, ControllerConfig, Dynamic, Fixed
 from toolkit.serve.split.cost_model import CostModel
 from toolkit.serve.split.decoder import MatrixSize, decoder_work
 from toolkit.serve.split.engine import DividedEngine
 from toolkit.serve.split.settings import SplitSettings
 from toolkit.serve.split.work import ModelWork
-
-logger = log.get_logger(__name__)
 
 # A team of threads is made for every size a phase may be given, so sizes are few on many cores.
 _MOST_SIZES = 16
@@ -84,8 +83,17 @@ def device_of(threads: int) -> Device:
 
 
 def cost_model(decoder: NativeDecoder, settings: SplitSettings, threads: int) -> CostModel:
-    """Return the cost model of a decoder on so many cores."""
-    return CostModel(work_of(decoder), device_of(threads))
+    """Return the cost model of a decoder on so many cores: calibrated, or as the roofline has it.
+
+    Raises UsageError for a calibration of something else.
+    """
+    work = work_of(decoder)
+    path = settings.calibration
+    if path is not None:
+        found = ServeCalibration.load(path)
+        found.check(work, threads, processor_name())
+        return found.cost_model()
+    return CostModel(work, device_of(threads))
 
 
 def _controller(cost: CostModel, settings: SplitSettings) -> Controller:

@@ -18,7 +18,8 @@ class SplitSettings:
     "auto" lets the controller choose, step by step, undivided among its choices.
 
     `tbt_target_s` is the time between tokens that "auto" is to keep, if one is promised.
-    `calibration` is a file of `toolkit serve calibrate`; None looks where that writes by default.
+    `calibration` is a file of `toolkit serve calibrate`; without one, coefficients are the
+    roofline's defaults, corrected as steps are measured.
     """
 
     split: str = "off"
