@@ -64,7 +64,7 @@ def test_what_the_page_is_told(start: Start) -> None:
     served.until(lambda: any(told()["step_s"]["decode"]["measured"]))
     split = told()
     assert split["layout"] == "1 | 1"
-    assert split["num_units"] == 2
+    assert (split["num_units"], split["chunk"]) == (2, None)
     assert split["num_steps"]["decode"] == 8
     assert split["changes"] == [{"at_s": 0.0, "layout": "1 | 1", "why": "1 | 1, as told"}]
     assert len(split["units"]["prefill"]) == len(split["step_s"]["decode"]["predicted"])

@@ -60,7 +60,7 @@ def run(
     policy: Policy = "fcfs",
     split: Split = "off",
     prefill_part: PrefillPart = 0.5,
-    tbt_target: TbtTarget = "100ms",
+    tbt_target: TbtTarget = "60ms",
     calibration: Calibration = None,
     prefix_cache: PrefixCache = True,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 256,

@@ -62,6 +62,13 @@ class SplitMetrics:
         self._mode.labels(model_name).set_function(
             lambda: float(self._decision.mode.value == "decode first")
         )
+        chunk = Gauge(
+            "toolkit:split_chunk_tokens",
+            "Tokens of prompts a mixed step may hold beside decoding requests; 0: no limit.",
+            labels(),
+            registry=registry,
+        )
+        chunk.labels(model_name).set_function(lambda: float(self._decision.chunk or 0))
         changes = Counter(
             "toolkit:split_changes", "Changes of layout.", labels(), registry=registry
         )
@@ -118,7 +125,7 @@ class SplitMetrics:
 
     @property
     def _decision(self) -> Decision:
-        return self._controller.history[-1]
+        return self._controller.decision
 
     def _layout_units(self, phase: Phase) -> float:
         return self._decision.layout.of(phase).units
@@ -150,7 +157,7 @@ class SplitLive:
         divided, at = report.divided, int(report.end_s)
         if divided is None:
             return
-        layout = controller.history[-1].layout
+        layout = controller.decision.layout
         shown = (0, 0) if layout.undivided else (layout.prefill.units, layout.decode.units)
         if not self._seconds or self._seconds[-1].at != at:
             self._seconds.append(_Second(at, shown))
@@ -171,15 +178,17 @@ class SplitLive:
             return None
         since, by_second = int(now_s) - _KEPT_S, {each.at: each for each in self._seconds}
         rows = [by_second.get(at) for at in range(max(0, since), int(now_s))]
-        history = list(engine.controller.history)
+        history, now = list(engine.controller.history), engine.controller.decision
         units: dict[str, list[int | None]] = {
             phase.value: [None if row is None else row.layout[place] for row in rows]
             for place, phase in enumerate((Phase.PREFILL, Phase.DECODE))
         }
         return {
-            "layout": str(history[-1].layout),
-            "num_units": history[-1].layout.prefill.device.num_units,
-            "mode": history[-1].mode.value,
+            "layout": str(now.layout),
+            "num_units": now.layout.prefill.device.num_units,
+            "mode": now.mode.value,
+            "chunk": now.chunk if now.layout.undivided else None,
+            "why": now.reason,
             "num_steps": dict(engine.num_steps),
             "num_lost": engine.num_lost,
             "units": units,

@@ -94,6 +94,11 @@ class Controller(Protocol):
         """The newest changes of layout, in order; the last is the present one."""
         ...
 
+    @property
+    def decision(self) -> Decision:
+        """What holds now, and the newest reason for it."""
+        ...
+
     def decide(self, look: Callable[[], Situation], now: float) -> Decision:
         """Return the layout for steps beginning at `now`; `look` gives the situation."""
         ...
@@ -183,19 +188,19 @@ class Fixed(Predictor):
 
     def __init__(self, cost: CostModel, layout: Layout) -> None:
         super().__init__(cost)
-        self._decision = Decision(layout, 0.0, f"{layout}, as told")
+        self.decision = Decision(layout, 0.0, f"{layout}, as told")
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
-        return (self._decision.layout,)
+        return (self.decision.layout,)
 
     @property
     def history(self) -> Sequence[Decision]:
-        return (self._decision,)
+        return (self.decision,)
 
     def decide(self, look: Callable[[], Situation], now: float) -> Decision:
         """Return the layout."""
-        return self._decision
+        return self.decision
 
 
 class Dynamic(Predictor):
