@@ -9,18 +9,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from toolkit.cli import main
 from toolkit.cost.roofline import Coefficients, Saturation
 from toolkit.errors import FormatError, UsageError
 from toolkit.hardware import find_device
 from toolkit.serve import divide
-from toolkit.serve.assemble import EngineSettings, build
+from toolkit.serve.assemble import Assembly, EngineSettings, build
 from toolkit.serve.calibrate import Bench
 from toolkit.serve.executor.phases import PhasedCpuExecutor
 from toolkit.serve.model.native import NativeDecoder
 from toolkit.serve.request import Phase
 from toolkit.serve.split import layouts
-from toolkit.serve.split.calibration import Point, ServeCalibration, fit, predicted_s
+from toolkit.serve.split.calibration import (
+    Point,
+    ServeCalibration,
+    default_path,
+    fit,
+    predicted_s,
+)
 from toolkit.serve.split.controller import Dynamic
 from toolkit.serve.split.cost_model import StepOverhead
 from toolkit.serve.split.settings import SplitSettings
@@ -170,3 +178,52 @@ def test_work_read_off_the_weights_is_the_traced_graphs() -> None:
     # Heads are padded to whole panels.
     assert work.flops(load) == pytest.approx(products + attention + norms, rel=0.05)
     assert work.kv_bytes_per_token == 2 * config.num_layers * 2 * 8 * 4
+
+
+class TestCommandLine:
+    @pytest.fixture
+    def tiny(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A small model under any name, few steps of it, and no time for each."""
+        monkeypatch.setattr(
+            "toolkit.serve.assemble.assemble",
+            lambda ref, settings: Assembly(*build(tiny_model(), settings), None),  # type: ignore[arg-type]
+        )
+        measure = Bench.measure
+        monkeypatch.setattr(
+            Bench, "measure", lambda bench, trial: measure(bench, trial, seconds=0.0)
+        )
+
+    OPTIONS = ("--threads", "2", "--max-batch", "4", "--step-tokens", "64", "--max-context", "256")
+
+    def test_measured_here_and_simulated_with(self, tiny: None, tmp_path: Path) -> None:
+        path = tmp_path / "kept.json"
+        done = CliRunner().invoke(
+            main.app, ["serve", "calibrate", "tiny", *self.OPTIONS, "-o", str(path), "--json"]
+        )
+        assert done.exit_code == 0, done.output
+        body = json.loads(done.stdout)
+        assert body["errors"]["decode"]["held_out"]["num_samples"] > 0
+        assert len(body["points"]) == body["num_points"] > 12
+        simulated = [
+            *("serve", "simulate", "tiny", "--calibration", str(path), "--json", "--num", "5"),
+            *("--system", "auto,chunked-spf", "--max-batch", "4", "--step-tokens", "64"),
+        ]
+        done = CliRunner().invoke(main.app, simulated)
+        assert done.exit_code == 0, done.output
+        found = json.loads(done.stdout)
+        assert found["source"] == "simulated"
+        assert found["device"] == ServeCalibration.load(path).device.name
+        simulated[2] = "other"
+        done = CliRunner().invoke(main.app, simulated)
+        assert isinstance(done.exception, UsageError)
+        assert "measured for tiny on one device, not for other" in str(done.exception)
+
+    def test_its_table_tells_errors_and_where_the_file_is(
+        self, tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path))
+        done = CliRunner().invoke(main.app, ["serve", "calibrate", "tiny", *self.OPTIONS])
+        assert done.exit_code == 0, done.output
+        for word in ("held out", "median", "decode beside the other", "tiny-none-2.json"):
+            assert word in " ".join(done.output.replace("\n", "").split())
+        assert default_path("tiny", "none", 2).is_file()
