@@ -295,6 +295,13 @@ class TestDynamic:
         assert COST.undivided(held, world.decode) <= 2 * alone_s
         assert decision.chunk is not None
 
+    def test_the_first_step_of_both_is_held_to_its_time(self) -> None:
+        config = ControllerConfig(tbt_target_s=0.02, interval_s=10.0)
+        controller, world = Dynamic(COST, config), World(waiting=3, decoding=8).situation()
+        prompts = replace(world, decode=Load(), decoding=0)
+        assert controller.decide(lambda: prompts, 0.0).chunk is None
+        assert controller.decide(lambda: world, 0.01).chunk is not None
+
     def test_chunks_follow_the_situation_while_the_layout_dwells(self) -> None:
         config = replace(EAGER, tbt_target_s=0.02, dwell_s=1e9)
         controller, crowd = Dynamic(COST, config), World(waiting=30, decoding=4)

@@ -249,9 +249,11 @@ class Dynamic(Predictor):
         target_s, early = self.config.tbt_target_s, now - self._changed_s < self.config.dwell_s
         if target_s is None and (early or not self._cuts):
             return self.decision
-        self._looked_s = now
-        situation = look()
+        before_s, self._looked_s, situation = self._looked_s, now, look()
         if not (situation.prefill and situation.decode):
+            if target_s is not None:
+                # The first step that holds both must be held to its time.
+                self._looked_s = before_s
             return self.decision
         if early or not self._cuts:
             # How much of a prompt a step holds is no change of layout.
