@@ -322,6 +322,27 @@ class TestDynamic:
         assert not controller.decide(lambda: world, 1.0).layout.undivided
         assert controller.corrections[None].errors is not None
 
+    def test_a_slow_minute_is_not_held_for_ever_against_what_it_fell_on(self) -> None:
+        """Mixed steps that once took three times as long are not made; still they are forgiven."""
+        controller = Dynamic(COST, ControllerConfig())
+        world = World(waiting=30, decoding=4).situation()
+        assert controller.decide(lambda: world, 0.0).layout.undivided
+        for _ in range(40):
+            controller.observe(None, 0.01, 0.03)
+        assert controller.corrections[None].ratio > 2
+        assert not controller.decide(lambda: world, 5.0).layout.undivided
+        for tick in range(250):
+            for phase in Phase:
+                controller.observe(phase, 0.01, 0.0105)
+            controller.decide(lambda: world, 5.1 + tick / 10)
+        assert controller.decision.layout.undivided
+        assert controller.corrections[None].ratio < 1.2
+
+    def test_one_disturbed_step_changes_little(self) -> None:
+        controller = Dynamic(COST, EAGER)
+        controller.observe(None, 0.01, 5.0)
+        assert controller.corrections[None].ratio <= 1.1
+
     @settings(max_examples=30, deadline=None)
     @given(st.integers(0, 10_000), st.sampled_from([NEXUS, EAGER]), st.integers(1, 40))
     def test_steady_noise_moves_the_layout_rarely(self, seed, config, waiting) -> None:

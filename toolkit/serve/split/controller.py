@@ -30,6 +30,7 @@ arguments; nothing here reads a clock.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,12 +43,13 @@ from toolkit.serve.split.correction import Correction
 from toolkit.serve.split.cost_model import CostModel, Usage
 from toolkit.serve.split.layouts import Layout
 from toolkit.serve.split.search import Mode, SearchConfig, greedy, search
-from toolkit.serve.split.weighing import Seconds, Situation, Weighing
+from toolkit.serve.split.weighing import CHUNKS, Seconds, Situation, Weighing
 from toolkit.serve.split.work import Load
 from toolkit.units import format_seconds
 
-# Tokens of prompts that an undivided step may be held to.
-_CHUNKS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
+# A kind of step that is not made any more is believed to be as fast, beside its prediction, as
+# those that are: within so many seconds two thirds of the way.
+_FORGET_S = 5.0
 
 
 class Forecast(NamedTuple):
@@ -230,6 +232,8 @@ class Dynamic(Predictor):
         self.history: deque[Decision] = deque([self.decision], maxlen=1024)
         self._changed_s = float("-inf")
         self._looked_s = float("-inf")
+        self._counts: dict[Phase | None, int] = {}
+        self._forgot_s = 0.0
         self.num_changes = 0
         self.num_evaluations = 0
 
@@ -250,6 +254,7 @@ class Dynamic(Predictor):
         if target_s is None and (early or not self._cuts):
             return self.decision
         before_s, self._looked_s, situation = self._looked_s, now, look()
+        self._forget(now)
         if not (situation.prefill and situation.decode):
             if target_s is not None:
                 # The first step that holds both must be held to its time.
@@ -272,6 +277,24 @@ class Dynamic(Predictor):
             self.history.append(self.decision)
         return self.decision
 
+    def _forget(self, now: float) -> None:
+        """Let the corrections of steps that are not made drift to those of steps that are.
+
+        A slow minute would else be held for ever against the layout that it fell on.
+        """
+        counts = {kind: each.num_observed for kind, each in self.corrections.items()}
+        fresh = [
+            each.ratio
+            for kind, each in self.corrections.items()
+            if counts[kind] > self._counts.get(kind, 0)
+        ]
+        if fresh:
+            part = 1.0 - math.exp(-min(1.0, (now - self._forgot_s) / _FORGET_S))
+            for kind, each in self.corrections.items():
+                if counts[kind] == self._counts.get(kind, 0):
+                    each.drift(sum(fresh) / len(fresh), part)
+            self._counts, self._forgot_s = counts, now
+
     def _allowed_s(self, situation: Situation) -> float:
         """The seconds a token may take: as promised, or twice what decoding takes by itself."""
         assert self.config.tbt_target_s is not None
@@ -291,7 +314,7 @@ class Dynamic(Predictor):
         whole = situation.prefill.tokens
         if allowed_s is None or seconds(whole) <= allowed_s:
             return None, seconds(whole)
-        sizes = [size for size in _CHUNKS if size < whole] or [whole]
+        sizes = [size for size in CHUNKS if size < whole] or [whole]
         at = greedy(lambda i: seconds(sizes[i]) <= allowed_s, len(sizes) // 2, len(sizes))
         return sizes[at], seconds(sizes[at])
 

@@ -12,6 +12,13 @@ from typing import NamedTuple
 from toolkit.serve.split.work import Load
 from toolkit.units import format_seconds
 
+# Tokens of prompts that an undivided step may be held to.
+# Each is at most a quarter more than the one before, so that little of the time goes unused.
+CHUNKS = (
+    *(8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256),
+    *(320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Situation:
