@@ -150,7 +150,7 @@ class Running:
     url: str
     server: Server
     service: Service
-    executor: HeldExecutor
+    executor: Any
     thread: threading.Thread
 
     @functools.cached_property
@@ -193,10 +193,10 @@ def start(
     ) -> Running:
         settings = {"threads": 1, "kv_bytes": 2**24} | settings
         engine, executor = build(tiny_model(), EngineSettings(**settings))
-        assert isinstance(executor, HeldExecutor)
-        executor.gate = threading.Event()
-        executor.gate.set()
-        executor.faults = []
+        if isinstance(executor, HeldExecutor):  # a divided engine computes in another
+            executor.gate = threading.Event()
+            executor.gate.set()
+            executor.faults = []
         service = Service(engine, tokenizer, MODEL, 49_152, patience=patience)
         ready = threading.Event()
         listener = bind("127.0.0.1", 0)
@@ -210,7 +210,8 @@ def start(
 
     yield begin
     for each in running:
-        each.executor.gate.set()
+        if isinstance(each.executor, HeldExecutor):
+            each.executor.gate.set()
         each.server.should_exit = True
         each.thread.join(30)
         assert not each.thread.is_alive()

@@ -27,10 +27,10 @@ from toolkit.serve.split.controller import (
     Decision,
     Dynamic,
     Fixed,
-    Situation,
 )
 from toolkit.serve.split.engine import DividedEngine
 from toolkit.serve.split.search import Mode, SearchConfig
+from toolkit.serve.split.weighing import Situation
 from toolkit.serve.split.work import Load
 
 sys.path.append(str(Path(__file__).parent))
@@ -262,14 +262,55 @@ class TestDynamic:
         decision = controller.decide(lambda: World(waiting=300, decoding=4).situation(), 0.0)
         assert decision.layout.undivided
 
-    def test_a_target_decides_by_the_mixed_step(self) -> None:
+    def test_a_target_holds_undivided_steps_to_what_they_have_time_for(self) -> None:
         world = World(waiting=300).situation()
         mixed_s = COST.undivided(world.prefill, world.decode)
-        for target_s, is_undivided in ((mixed_s * 1.2, True), (mixed_s * 0.8, False)):
-            controller = Dynamic(COST, replace(EAGER, tbt_target_s=target_s))
+        for part, whole in ((1.2, True), (0.8, False), (0.4, False)):
+            controller = Dynamic(COST, replace(EAGER, tbt_target_s=mixed_s * part))
             decision = controller.decide(lambda: world, 0.0)
-            assert decision.layout.undivided is is_undivided
-            assert ("keeps" if is_undivided else "would miss") in decision.reason
+            assert decision.layout.undivided
+            assert (decision.chunk is None) is whole
+            assert "a token allowed" in decision.reason
+            held = world.prefill.first(decision.chunk or world.prefill.tokens)
+            assert COST.undivided(held, world.decode) <= mixed_s * part
+
+    def test_of_what_keeps_a_target_the_least_loss_is_chosen(self) -> None:
+        """Many decoding beside one prompt: a division, if its cut keeps the target too."""
+        world = World(waiting=1, decoding=100).situation()
+        alone_s = COST.alone(world.decode, Phase.DECODE).seconds
+        target_s = 3 * alone_s
+        controller = Dynamic(COST, replace(EAGER, tbt_target_s=target_s))
+        decision = controller.decide(lambda: world, 0.0)
+        assert not decision.layout.undivided
+        assert decision.forecast is not None
+        assert decision.forecast.decode_s <= target_s
+
+    def test_a_target_that_nothing_keeps_is_not_asked_for(self) -> None:
+        """Then twice what decoding takes alone is: no step is made of crumbs."""
+        world = World(waiting=4).situation()
+        alone_s = COST.alone(world.decode, Phase.DECODE).seconds
+        controller = Dynamic(COST, replace(EAGER, tbt_target_s=1e-9))
+        decision = controller.decide(lambda: world, 0.0)
+        held = world.prefill.first(decision.chunk or world.prefill.tokens)
+        assert COST.undivided(held, world.decode) <= 2 * alone_s
+        assert decision.chunk is not None
+
+    def test_the_first_step_of_both_is_held_to_its_time(self) -> None:
+        config = ControllerConfig(tbt_target_s=0.02, interval_s=10.0)
+        controller, world = Dynamic(COST, config), World(waiting=3, decoding=8).situation()
+        prompts = replace(world, decode=Load(), decoding=0)
+        assert controller.decide(lambda: prompts, 0.0).chunk is None
+        assert controller.decide(lambda: world, 0.01).chunk is not None
+
+    def test_chunks_follow_the_situation_while_the_layout_dwells(self) -> None:
+        config = replace(EAGER, tbt_target_s=0.02, dwell_s=1e9)
+        controller, crowd = Dynamic(COST, config), World(waiting=30, decoding=4)
+        controller._changed_s = 0.0
+        chunks = []
+        for at, crowd.decoding in enumerate((4, 40, 90)):
+            chunks.append(controller.decide(crowd.situation, float(at)).chunk)
+        assert controller.num_changes == 0
+        assert len(set(chunks)) > 1
 
     def test_measurements_change_its_mind(self) -> None:
         """A mixed step that takes far longer than predicted is not chosen for long."""
@@ -280,6 +321,27 @@ class TestDynamic:
             controller.observe(None, 0.01, 0.05)
         assert not controller.decide(lambda: world, 1.0).layout.undivided
         assert controller.corrections[None].errors is not None
+
+    def test_a_slow_minute_is_not_held_for_ever_against_what_it_fell_on(self) -> None:
+        """Mixed steps that once took three times as long are not made; still they are forgiven."""
+        controller = Dynamic(COST, ControllerConfig())
+        world = World(waiting=30, decoding=4).situation()
+        assert controller.decide(lambda: world, 0.0).layout.undivided
+        for _ in range(40):
+            controller.observe(None, 0.01, 0.03)
+        assert controller.corrections[None].ratio > 2
+        assert not controller.decide(lambda: world, 5.0).layout.undivided
+        for tick in range(250):
+            for phase in Phase:
+                controller.observe(phase, 0.01, 0.0105)
+            controller.decide(lambda: world, 5.1 + tick / 10)
+        assert controller.decision.layout.undivided
+        assert controller.corrections[None].ratio < 1.2
+
+    def test_one_disturbed_step_changes_little(self) -> None:
+        controller = Dynamic(COST, EAGER)
+        controller.observe(None, 0.01, 5.0)
+        assert controller.corrections[None].ratio <= 1.1
 
     @settings(max_examples=30, deadline=None)
     @given(st.integers(0, 10_000), st.sampled_from([NEXUS, EAGER]), st.integers(1, 40))

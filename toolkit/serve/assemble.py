@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import torch
 from toolkit.errors import InfeasibleError, UsageError, unknown_name
 from toolkit.hardware.affinity import usable_cores
 from toolkit.models import weights as model_files
-from toolkit.serve import policy, tensor_plan
+from toolkit.serve import divide, policy, tensor_plan
 from toolkit.serve.clock import WallClock
 from toolkit.serve.engine import Engine
 from toolkit.serve.executor import cuda
 from toolkit.serve.executor.cpu import CpuExecutor, available_memory_bytes
 from toolkit.serve.executor.device import DeviceExecutor, Place, Room
+from toolkit.serve.executor.phases import PhasedCpuExecutor
 from toolkit.serve.executor.tensor_parallel import Orders, TensorParallelExecutor
 from toolkit.serve.kv.blocks import BlockPool
 from toolkit.serve.model import weights
@@ -28,11 +29,15 @@ from toolkit.serve.model.part import Part
 from toolkit.serve.model.quantisation import check_mode, chosen, kv_dtype, make_decoder
 from toolkit.serve.model.tokenizer import Tokenizer
 from toolkit.serve.scheduler import Scheduler, SchedulerConfig
+from toolkit.serve.split.controller import Dynamic
+from toolkit.serve.split.engine import DividedEngine
+from toolkit.serve.split.settings import SplitSettings
 from toolkit.serve.tensor_plan import TensorPlan
 from toolkit.units import format_bytes
 
 # Of the memory that is free when nothing is said: the rest of the system needs the others.
 _KV_SHARE = 0.25
+AnyExecutor = CpuExecutor | DeviceExecutor | PhasedCpuExecutor
 DEVICES = ("cpu", "cuda")
 # What weights and arithmetic may be in on a device that is not the CPU; "auto" is its own half.
 DTYPES = {
@@ -50,7 +55,7 @@ class EngineSettings:
     Raises UsageError for what no model could run with, before one is loaded.
     `device` is one of DEVICES; `dtype`, one of DTYPES, is for "cuda", `quantize` for "cpu". `plan`
     is a plan.json whose tensor-parallel degree says how many ranks share the model; then `kv_bytes`
-    is what each of them takes.
+    is what each of them takes. `split` says how the cores are divided between the phases, if so.
     """
 
     max_batch: int = 32
@@ -69,6 +74,7 @@ class EngineSettings:
     max_queue: int | None = None
     max_queue_tokens: int | None = None
     seed: int = 0
+    split: SplitSettings = field(default_factory=SplitSettings)
 
     def __post_init__(self) -> None:
         check_mode(self.quantize)
@@ -100,7 +106,7 @@ class Assembly:
     """An engine and the tokenizer of its model."""
 
     engine: Engine
-    executor: CpuExecutor | DeviceExecutor
+    executor: AnyExecutor
     tokenizer: Tokenizer
 
     @property
@@ -110,6 +116,10 @@ class Assembly:
     def layout(self) -> dict[str, Any]:
         """Return how the engine lies on this machine: threads, memory, limits."""
         scheduler, pool = self.engine.scheduler, self.engine.scheduler.pool
+        split, divided = "off", None
+        if isinstance(self.engine, DividedEngine):
+            split = "auto" if isinstance(self.engine.controller, Dynamic) else "fixed"
+            divided = [str(layout) for layout in self.engine.controller.layouts]
         return {
             "threads": self.executor.threads,
             "pinned_cpus": list(self.executor.cpus),
@@ -125,6 +135,8 @@ class Assembly:
             "max_batch": scheduler.config.max_batch,
             "step_tokens": scheduler.config.step_tokens,
             "policy": scheduler.prefill_policy.name,
+            "split": split,
+            "layouts": divided,
         }
 
 
@@ -139,7 +151,7 @@ def assemble(ref: str | Path, settings: EngineSettings) -> Assembly:
     return Assembly(*load(path, settings), tokenizer)
 
 
-def load(path: Path, settings: EngineSettings) -> tuple[Engine, CpuExecutor | DeviceExecutor]:
+def load(path: Path, settings: EngineSettings) -> tuple[Engine, AnyExecutor]:
     """Return an engine of the model in a file or folder, and its executor; see `build`.
 
     With a plan the other ranks are started. Raises what tensor_plan.read and Part.config do too.
@@ -192,6 +204,8 @@ def place_of(settings: EngineSettings, num_ranks: int = 1) -> Place | None:
             f"--quantize {settings.quantize} is for the CPU's own kernels, which one process runs",
             remedy="leave it out, or serve on the CPU without a plan",
         )
+    if settings.device == "cuda" or num_ranks > 1:
+        _check_undivided(settings)
     if settings.device == "cuda":
         return cuda.place(DTYPES[settings.dtype], num_devices=num_ranks)
     if num_ranks == 1:
@@ -204,12 +218,20 @@ def place_of(settings: EngineSettings, num_ranks: int = 1) -> Place | None:
     )
 
 
+def _check_undivided(settings: EngineSettings) -> None:
+    if settings.split.split != "off":
+        raise UsageError(
+            "a device is divided between the phases on one process's CPU cores only",
+            remedy="use --split off, or serve on the CPU without a plan",
+        )
+
+
 def build(
     model: LoadedModel,
     settings: EngineSettings,
     place: Place | None = None,
     share: Share | None = None,
-) -> tuple[Engine, CpuExecutor | DeviceExecutor]:
+) -> tuple[Engine, AnyExecutor]:
     """Return an engine and its executor for a loaded model, whose `weights` are emptied.
 
     `place` is a device as from `place_of`, None the CPU and its own kernels. `share` says that the
@@ -224,21 +246,28 @@ def build(
             f"{config.max_context}",
             remedy=f"use at most {config.max_context}",
         )
-    executor: CpuExecutor | DeviceExecutor
+    executor: AnyExecutor
     if place is None:
         mode = chosen(settings.quantize, model.weights.values(), _threads(settings))
         kv_bytes = settings.kv_bytes or int(available_memory_bytes() * _KV_SHARE)
         value_bytes = kv_dtype(mode).itemsize
         num_blocks = _num_blocks(config, settings, context, kv_bytes, value_bytes)
         scheduler = _scheduler(model, settings, context, num_blocks)
+        made = make_decoder(model, mode)
+        if settings.split.split != "off":
+            threads, seed = _threads(settings), settings.seed
+            return divide.build(
+                made, scheduler, settings.split, threads=threads, pin=settings.pin, seed=seed
+            )
         executor = CpuExecutor(
-            make_decoder(model, mode),
+            made,
             num_blocks=num_blocks,
             block_size=settings.block_size,
             threads=_threads(settings),
             pin=settings.pin,
         )
     else:
+        _check_undivided(settings)
         decoder = DeviceDecoder(config, model.weights, device=place.device, dtype=place.dtype)
         kv_bytes = settings.kv_bytes or place.kv_bytes()
         num_blocks = _num_blocks(config, settings, context, kv_bytes, place.dtype.itemsize)

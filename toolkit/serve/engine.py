@@ -52,6 +52,19 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Divided:
+    """What a divided engine says of a step: its phase (None: both), on how many of the units.
+
+    `predicted_s` is what it was expected to take; None for one that was `lost` and is done again.
+    """
+
+    phase: Phase | None
+    units: int
+    predicted_s: float | None
+    lost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """What one step did: its outputs, how many tokens it computed, of prompts too, and when."""
 
@@ -60,6 +73,7 @@ class StepReport:
     num_prefilled: int
     start_s: float
     end_s: float
+    divided: Divided | None = None
 
 
 class Engine:
@@ -101,6 +115,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
+
+    @property
+    def in_flight_since_s(self) -> float | None:
+        """When the oldest step that outlasts a call of `step` began, by the engine's clock."""
+        return None
 
     def add(self, request: Request, stream: TextStream | None = None) -> None:
         """Take a request; `stream` turns its tokens into text. Raises what the scheduler does."""

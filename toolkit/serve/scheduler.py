@@ -170,11 +170,14 @@ class Scheduler:
 
     # -- the step --------------------------------------------------------------------------------
 
-    def schedule(self, now: float, phases: Collection[Phase] = BOTH) -> Batch:
+    def schedule(
+        self, now: float, phases: Collection[Phase] = BOTH, *, beside_tokens: int | None = None
+    ) -> Batch:
         """Choose what the next step computes; what it contains is in flight until `update`.
 
-        With both phases, decoding requests come first and prefill chunks fill the step up. A
-        divided engine asks for one phase at a time, each with a step of its own.
+        With both phases, decoding requests come first and prefill chunks fill the step up, with at
+        most `beside_tokens` where anybody decodes. A divided engine asks for one phase at a time,
+        each with a step of its own.
         """
         slices: list[Slice] = []
         if Phase.PREFILL in phases:
@@ -186,7 +189,10 @@ class Scheduler:
         if Phase.PREFILL in phases:
             # Whoever was just preempted must not take the freed blocks straight back.
             may_admit = self.num_preemptions == before
-            slices += self._prefill_slices(self.config.step_tokens - len(slices), may_admit, now)
+            budget = self.config.step_tokens - len(slices)
+            if slices and beside_tokens is not None:
+                budget = min(budget, beside_tokens)
+            slices += self._prefill_slices(budget, may_admit, now)
         self._step += 1
         return Batch(self._step, tuple(slices))
 

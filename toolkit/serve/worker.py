@@ -63,7 +63,10 @@ class Worker:
     def busy_s(self) -> float:
         """How long the present step has been running, 0 between steps."""
         since = self._busy_since
-        return 0.0 if since is None else time.monotonic() - since
+        own_s = 0.0 if since is None else time.monotonic() - since
+        # A divided engine's steps outlast each other: one may hang while the others go on.
+        began_s = self.engine.in_flight_since_s
+        return own_s if began_s is None else max(own_s, self.engine.clock.now() - began_s)
 
     @property
     def num_waiting(self) -> int:

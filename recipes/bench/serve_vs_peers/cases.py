@@ -45,6 +45,16 @@ def long_mix(rate: float, count: int, seed: int) -> tuple[Arrival, ...]:
     return tuple(made)
 
 
+def _mix(rate: float) -> Case:
+    return Case(
+        f"mix-{rate:g}",
+        f"40 requests of the long-and-short mix, {rate:g} a second",
+        lambda seed: long_mix(rate, 40, seed),
+        "output_tokens_per_s",
+        "tok/s",
+    )
+
+
 CASES: Mapping[str, Case] = {
     case.name: case
     for case in (
@@ -99,6 +109,8 @@ CASES: Mapping[str, Case] = {
             "output_tokens_per_s",
             "tok/s",
         ),
+        # The mix below what two cores can bear, and at it.
+        *(_mix(rate) for rate in (0.25, 0.6, 0.8, 1.0, 1.2)),
     )
 }
 

@@ -78,17 +78,19 @@ def how_to_install(family: str, place: Place) -> str:
     return f"{commands}\npython {_HERE} --make-models --peers-folder {place.peers}"
 
 
-def _toolkit(mode: str, weights: str) -> Contender:
+def _toolkit(mode: str, weights: str, variant: str = "", *more: str) -> Contender:
+    """`more` are options that make it a variant."""
+
     def start(place: Place, log: Path) -> Running:
         command = [sys.executable, "-m", "toolkit", "serve", "run", "smollm2-135m"]
         command += ["--quantize", mode, "--threads", str(place.threads), "--port", "{port}"]
         command += ["--kv-memory", "2GiB", "--no-prefix-cache"]
         command += ["--max-batch", str(place.sequences)]
-        return Server(command, {}, log, {})
+        return Server([*command, *more], {}, log, {})
 
-    settings = f"--quantize {mode} --no-prefix-cache, 256 tokens a step, else as it comes"
+    own = " ".join([f"--quantize {mode} --no-prefix-cache", *more])
     name = "fp32" if mode == "none" else mode
-    return Contender(f"toolkit-{name}", weights, settings, start)
+    return Contender(f"toolkit-{name}{variant}", weights, f"{own}, else as it comes", start)
 
 
 def _llama(file: str, name: str, weights: str) -> Contender:
@@ -168,6 +170,11 @@ CONTENDERS: Mapping[str, Contender] = {
         _toolkit("none", "float32"),
         _toolkit("int8", "8 bits"),
         _toolkit("int4", "4 bits"),
+        # Undivided with the same order of prompts, and with small steps, whose gaps are short too.
+        _toolkit("int8", "8 bits", "-spf", "--policy", "spf"),
+        _toolkit("int8", "8 bits", "-spf-64", "--policy", "spf", "--step-tokens", "64"),
+        _toolkit("int8", "8 bits", "-fixed", "--policy", "spf", "--split", "fixed"),
+        _toolkit("int8", "8 bits", "-auto", "--policy", "spf", "--split", "auto"),
         Contender(
             "vllm-fp32",
             "float32",

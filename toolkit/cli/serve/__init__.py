@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from toolkit.cli.serve import batch, bench, generate, run, simulate
+from toolkit.cli.serve import batch, bench, calibrate, generate, run, simulate
 
 app = typer.Typer(
     help="Serve a model over an OpenAI-compatible API.",
@@ -12,5 +12,12 @@ app = typer.Typer(
     add_completion=False,
     epilog="Example: toolkit serve run smollm2-135m",
 )
-for command in (run.run, generate.generate, batch.batch, bench.bench, simulate.simulate):
+for command in (
+    run.run,
+    generate.generate,
+    batch.batch,
+    bench.bench,
+    calibrate.calibrate,
+    simulate.simulate,
+):
     app.command()(command)

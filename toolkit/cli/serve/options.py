@@ -10,10 +10,11 @@ import typer
 
 from toolkit.errors import UsageError
 from toolkit.hardware.affinity import thread_environment, usable_cores
-from toolkit.units import parse_bytes
+from toolkit.units import parse_bytes, parse_seconds
 
 if TYPE_CHECKING:
     from toolkit.serve.assemble import EngineSettings
+    from toolkit.serve.split.settings import SplitSettings
 
 Model = Annotated[
     str, typer.Argument(help="A built-in name, a GGUF file, a Hugging Face folder or hub id.")
@@ -42,6 +43,22 @@ Plan = Annotated[
     typer.Option(help="A tensor-parallel plan.json: its degree of ranks share the model."),
 ]
 Policy = Annotated[str, typer.Option(help="Which prompt goes first: fcfs, spf, priority or mlfq.")]
+Split = Annotated[
+    str,
+    typer.Option(
+        help="Divide the cores between prefill and decode: off, fixed, or auto: whichever is "
+        "predicted to lose less time, undivided included."
+    ),
+]
+PrefillPart = Annotated[float, typer.Option(help="Prefill's part of the cores in a fixed split.")]
+TbtTarget = Annotated[
+    str,
+    typer.Option(help="Time between tokens that auto keeps where it can; none for no promise."),
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(help="A file of `toolkit serve calibrate`; default where that writes it."),
+]
 PrefixCache = Annotated[bool, typer.Option(help="Share the KV of equal beginnings of prompts.")]
 
 
@@ -59,3 +76,24 @@ def settings(*, threads: int | None, kv_memory: str | None, **given: Any) -> Eng
 
     kv_bytes = None if kv_memory is None else parse_bytes(kv_memory)
     return EngineSettings(threads=threads, kv_bytes=kv_bytes, **given)
+
+
+def divided(
+    split: str,
+    prefill_part: float = 0.5,
+    tbt_target: str = "none",
+    calibration: Path | None = None,
+) -> SplitSettings:
+    """Return how the device is divided. Raises UsageError."""
+    from toolkit.serve.split.settings import SplitSettings
+
+    target_s = None if tbt_target == "none" else parse_seconds(tbt_target)
+    return SplitSettings(split, prefill_part, target_s, calibration)
+
+
+def kept(model: str, quantize: str, threads: int | None) -> Path | None:
+    """Return the model's calibration where `toolkit serve calibrate` keeps it, if there is one."""
+    from toolkit.serve.split.calibration import default_path
+
+    path = default_path(model, quantize, threads or usable_cores())
+    return path if path.is_file() else None

@@ -10,9 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from toolkit import log
 from toolkit.cli import view
 from toolkit.cli.serve.options import (
     BlockSize,
+    Calibration,
     Device,
     Dtype,
     KvMemory,
@@ -21,14 +23,21 @@ from toolkit.cli.serve.options import (
     Model,
     Plan,
     Policy,
+    PrefillPart,
     PrefixCache,
     Quantize,
+    Split,
     StepTokens,
+    TbtTarget,
     Threads,
+    divided,
+    kept,
     settings,
 )
 from toolkit.errors import require, unknown_name
 from toolkit.units import format_bytes, parse_bytes, parse_seconds
+
+logger = log.get_logger(__name__)
 
 
 def run(
@@ -49,6 +58,10 @@ def run(
     dtype: Dtype = "auto",
     plan: Plan = None,
     policy: Policy = "fcfs",
+    split: Split = "off",
+    prefill_part: PrefillPart = 0.5,
+    tbt_target: TbtTarget = "60ms",
+    calibration: Calibration = None,
     prefix_cache: PrefixCache = True,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 256,
     max_queue_tokens: Annotated[
@@ -98,6 +111,9 @@ def run(
         dtype=dtype,
         plan=plan,
         policy=policy,
+        split=divided(
+            split, prefill_part, tbt_target, calibration or kept(model, quantize, threads)
+        ),
         prefix_cache=prefix_cache,
         max_queue=max_queue,
         max_queue_tokens=max_queue_tokens,
@@ -148,6 +164,11 @@ def run(
         patience=Patience(replace_s / 2, replace_s),
         tool_format=None if tool_format == "auto" else tool_format,
     )
+    if split == "auto" and chosen.split.calibration is None:
+        logger.warning(
+            "not calibrated: where to divide is decided on default coefficients, corrected by "
+            "what steps take; `toolkit serve calibrate` measures this machine"
+        )
     server.Server(service, drain_s=drain_s, on_ready=announce, door=door).run(sockets=[listener])
 
 
@@ -173,5 +194,9 @@ def _ready_table(ready: dict[str, Any]) -> Any:
         ("context", f"{ready['max_context']} tokens"),
         ("batch", f"{ready['max_batch']} requests, {ready['step_tokens']} tokens a step"),
         ("policy", ready["policy"]),
+        (
+            "split",
+            f"{ready['split']}: {', '.join(ready['layouts'])}" if ready["layouts"] else "off",
+        ),
     ]
     return view.table("toolkit serve", ("what", "value"), rows)

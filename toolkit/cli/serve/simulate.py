@@ -65,6 +65,13 @@ def simulate(
     mixed_factor: Annotated[
         float, typer.Option(help="How much longer mixed steps take than their kernels.")
     ] = 1.0,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of `toolkit serve calibrate`: its model, as held there, on its cores.",
+            exists=True,
+        ),
+    ] = None,
     noise: Annotated[float, typer.Option(help="Deviation of the logarithm of step times.")] = 0.0,
     slo_ttft: Annotated[str | None, typer.Option(help="Good: first token within this.")] = None,
     slo_tpot: Annotated[
@@ -112,20 +119,33 @@ def simulate(
         None if slo_ttft is None else parse_seconds(slo_ttft),
         None if slo_tpot is None else parse_seconds(slo_tpot),
     )
-    cluster = find_cluster(f"{device}x{devices}") if devices > 1 else None
-    place = cluster.device(0) if cluster else find_device(device)
     longest = max(one.prompt_tokens + one.output_tokens for each in plans.values() for one in each)
-    graph = traced(model, {}, dtype=dtype, inference=True, quiet=as_json)
+    from toolkit.serve.split.calibration import ServeCalibration
     from toolkit.serve.split.controller import ControllerConfig
     from toolkit.serve.split.cost_model import CostModel
     from toolkit.serve.split.sharded import sharded
     from toolkit.serve.split.traced import model_work
 
-    work, exchange = model_work(graph), None
-    if cluster is not None:
-        work, exchange = sharded(work, cluster)
+    if calibration is not None:
+        kept = ServeCalibration.load(calibration)
+        if kept.work.name != model or devices > 1:
+            raise UsageError(
+                f"{calibration} was measured for {kept.work.name} on one device, not for {model} "
+                f"on {devices}",
+                remedy="simulate that model, or leave the calibration out",
+            )
+        cost = kept.cost_model(mixed_factor=mixed_factor)
+    else:
+        cluster = find_cluster(f"{device}x{devices}") if devices > 1 else None
+        place = cluster.device(0) if cluster else find_device(device)
+        graph = traced(model, {}, dtype=dtype, inference=True, quiet=as_json)
+        work, exchange = model_work(graph), None
+        if cluster is not None:
+            work, exchange = sharded(work, cluster)
+        cost = CostModel(work, place, exchange=exchange, mixed_factor=mixed_factor)
+    place = cost.device
     setup = systems.Setup(
-        CostModel(work, place, exchange=exchange, mixed_factor=mixed_factor),
+        cost,
         max_context=longest + 1,
         kv_bytes=None if kv_memory is None else parse_bytes(kv_memory),
         max_batch=max_batch,

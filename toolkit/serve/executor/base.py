@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from toolkit.errors import ToolkitError
 from toolkit.serve.batch import Batch, StepResult
+
+
+class StepLostError(ToolkitError):
+    """A step has no result: what computed it raised or has gone. Its batch can be taken back."""
+
+    kind = "step-lost"
+
+    def __init__(self, batch: Batch, cause: BaseException) -> None:
+        super().__init__(f"step {batch.step} was lost: {type(cause).__name__}: {cause}")
+        self.batch = batch
 
 
 class Executor(Protocol):

@@ -12,6 +12,7 @@ import torch
 from toolkit.hardware.affinity import usable_cpus
 from toolkit.serve.batch import Batch, StepResult
 from toolkit.serve.model import sampler
+from toolkit.serve.model.cache import PagedKV
 from toolkit.serve.model.decoder import Decoder
 from toolkit.serve.model.inputs import prepare
 from toolkit.serve.model.native import NativeDecoder
@@ -44,14 +45,9 @@ class CpuExecutor:
         torch.set_num_threads(self.threads)
         self.decoder.start(self.threads, self.cpus)
 
-    @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
         """Compute the batch's tokens and draw the next of each slice that samples."""
-        step, hidden = prepare(batch, self.cache.block_size), None
-        if len(step.pooled_rows):
-            hidden = torch.empty(len(step.pooled_rows), self.decoder.config.hidden_size)
-        logits = self.decoder.forward(step, self.cache, hidden)
-        return sampler.draw(logits, batch, hidden, self.decoder.likeliest)
+        return compute(self.decoder, self.cache, batch)
 
     def successor(self) -> CpuExecutor:
         """Return an executor of the same weights with an empty cache."""
@@ -62,6 +58,16 @@ class CpuExecutor:
     def close(self) -> None:
         """Let go of the cache's memory."""
         self.cache.clear()
+
+
+@torch.inference_mode()
+def compute(decoder: Decoder | NativeDecoder, cache: PagedKV, batch: Batch) -> StepResult:
+    """Compute a batch's tokens and draw the next of each slice that samples."""
+    step, hidden = prepare(batch, cache.block_size), None
+    if len(step.pooled_rows):
+        hidden = torch.empty(len(step.pooled_rows), decoder.config.hidden_size)
+    logits = decoder.forward(step, cache, hidden)
+    return sampler.draw(logits, batch, hidden, decoder.likeliest)
 
 
 def available_memory_bytes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections import Counter
 from collections.abc import MutableMapping, Sequence
@@ -115,9 +116,25 @@ class NativeDecoder:
         )
 
     @property
+    def matrices(self) -> Sequence[PackedMatrix]:
+        """The matrices as held: the head, then those of each layer."""
+        return tuple(self._matrices)
+
+    @property
     def step_bytes(self) -> int:
         """Bytes of weights that a step reads: every matrix once."""
         return sum(matrix.num_bytes for matrix in self._matrices)
+
+    def twin(self) -> NativeDecoder:
+        """Return a decoder on the same weights whose threads and memory for a step are its own.
+
+        The two may compute at once, over one cache too, where no block is written by both.
+        """
+        made = copy.copy(self)
+        made._team = None
+        made._logits = torch.empty(0, self._head.padded_rows)
+        made._caches = (None, None)
+        return made
 
     def start(self, threads: int, cpus: Sequence[int] = ()) -> None:
         """Compute with `threads` from here on, the caller among them, tied to `cpus` if given."""

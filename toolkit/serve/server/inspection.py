@@ -12,13 +12,12 @@ from fastapi import APIRouter, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from toolkit import record
 from toolkit.errors import UsageError
 from toolkit.serve.server import failures
 from toolkit.serve.server.documents import Health, Model, Models, Prompt, Tokens, errors
 from toolkit.serve.server.service import Service
 from toolkit.serve.server.texts import DetokenizeRequest, TokenizeRequest
-from toolkit.timeline import files
+from toolkit.serve.server.windows import Form, answer
 
 
 def router(service: Service) -> APIRouter:
@@ -37,7 +36,9 @@ def router(service: Service) -> APIRouter:
     async def stats() -> dict[str, Any]:
         """What the live page draws: the last five minutes, by second."""
         engine = service.engine
-        return service.live.body(engine.clock.now(), engine.scheduler)
+        now_s = engine.clock.now()
+        split = service.split_live.body(now_s, engine)
+        return service.live.body(now_s, engine.scheduler) | {"split": split}
 
     @routes.get("/v1/models", response_model=Models, responses=errors(401))
     async def models() -> dict[str, Any]:
@@ -90,10 +91,17 @@ def router(service: Service) -> APIRouter:
         """Prometheus metrics under vLLM's names."""
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
-    @routes.get("/timeline", responses=errors(401))
-    async def timeline() -> dict[str, Any]:
-        """The engine's recent steps and requests, as the file `toolkit timeline` reads."""
-        return await asyncio.to_thread(_timeline, service)
+    @routes.get("/timeline", responses=errors(400, 401))
+    async def timeline(
+        form: Form = "record", since_s: float | None = None, until_s: float | None = None
+    ) -> Response:
+        """The engine's recent steps and requests, or those of a window.
+
+        As the file `toolkit timeline` reads, as a page by itself, or as a trace for Perfetto. Times
+        are the engine's (`now_s` of /stats); those below 0 count back from now.
+        """
+        title = f"serving {service.model_name}"
+        return await asyncio.to_thread(answer, service.engine, title, form, since_s, until_s)
 
     return routes
 
@@ -108,17 +116,6 @@ def _tokens(service: Service, body: TokenizeRequest) -> list[int]:
         add_generation_prompt=body.add_generation_prompt,
         settings=body.chat_template_kwargs,
     )
-
-
-def _timeline(service: Service) -> dict[str, Any]:
-    body = files.to_json(service.engine.timeline(f"serving {service.model_name}"))
-    return {
-        "format": f"toolkit/{files.KIND}",
-        "version": files.VERSION,
-        "digest": record.digest(body),
-        "provenance": record.provenance(),
-        "body": body,
-    }
 
 
 def _model(name: str, created: int, context: int) -> dict[str, Any]:

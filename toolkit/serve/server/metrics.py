@@ -10,6 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from toolkit.serve.engine import Engine, Output, StepReport
 from toolkit.serve.request import FinishReason
 from toolkit.serve.scheduler import Scheduler
+from toolkit.serve.server.split_view import SplitMetrics
+from toolkit.serve.split.engine import DividedEngine
 
 # vLLM's bucket bounds, in seconds and in tokens.
 _TTFT_S = (
@@ -77,6 +79,9 @@ class Metrics:
         )
         self._in_tokens = self._histogram("request_prompt_tokens", "Prompt length.", _TOKENS)
         self._out_tokens = self._histogram("request_generation_tokens", "Output length.", _TOKENS)
+        self._split: SplitMetrics | None = None
+        if isinstance(engine, DividedEngine):
+            self._split = SplitMetrics(engine, model_name, self._registry)
 
     def _read(self, read: Callable[[Scheduler], float]) -> float:
         return read(self._scheduler)
@@ -84,6 +89,8 @@ class Metrics:
     def follow(self, engine: Engine) -> None:
         """Read from another engine from here on; counts go on from where they are."""
         self._carry()
+        if self._split is not None and isinstance(engine, DividedEngine):
+            self._split.follow(engine)
         self._scheduler = engine.scheduler
         self._seen = (0, 0, 0)
         self._finished_seen = dict.fromkeys(FinishReason, 0)
@@ -94,6 +101,8 @@ class Metrics:
 
     def step(self, report: StepReport) -> None:
         """Count one step of the engine."""
+        if self._split is not None:
+            self._split.step(report)
         self._step_tokens.observe(report.num_tokens)
         self._generation_tokens.inc(len(report.outputs))
         for output in report.outputs:

@@ -17,7 +17,9 @@ from toolkit.serve.model.tokenizer import Tokenizer
 from toolkit.serve.request import Request, SamplingParams, check_ids
 from toolkit.serve.server.live import Live
 from toolkit.serve.server.metrics import Metrics
+from toolkit.serve.server.split_view import SplitLive
 from toolkit.serve.server.tool_calls import format_of
+from toolkit.serve.split.engine import DividedEngine
 from toolkit.serve.worker import EngineDeadError, Submission, Worker
 
 logger = log.get_logger(__name__)
@@ -115,7 +117,7 @@ class Service:
         self.vocab_size = vocab_size
         self.grammars = Grammars(tokenizer, vocab_size, engine.scheduler.config.eos_ids)
         self.metrics = Metrics(engine, model_name)
-        self.live = Live()
+        self.live, self.split_live = Live(), SplitLive()
         self.tool_format = tool_format or format_of(tokenizer.chat_template)
         self.draining = False
         # Why no engine is started again, and who is to hear of it: the process is of no more use.
@@ -220,6 +222,8 @@ class Service:
             return
         self.metrics.step(report)
         self.live.step(report, self.engine.scheduler)
+        if isinstance(self.engine, DividedEngine):
+            self.split_live.step(report, self.engine.controller)
         for output in report.outputs:
             call = self._calls.get(output.request.id)
             if call is not None:

@@ -4,17 +4,20 @@ Nexus divides always. Here "undivided" is one of the layouts (as in DuetServe, a
 because dividing reads the weights twice and leaves units idle where the load is one-sided. The
 choice:
 
-- With a target for the time between tokens: undivided while the predicted mixed step keeps it.
-- Without: whichever loses less time until the present chunk of prompt is done, in request-seconds.
-All
+- Whichever loses less time until the present chunk of prompt is done, in request-seconds. All
   waiting prompts lose the chunk's time. A decoding request loses what it could have done alone in
-  the meantime, where a step of T_alone gives it a token:
+  the meantime, where a step of T_alone gives it a token. Undivided in n steps:
 
-      undivided: waiting * T_mixed   + decoding * (T_mixed - T_alone)
+      undivided: waiting * n T_mixed + decoding * n (T_mixed - T_alone)
       divided:   waiting * T_prefill + decoding * T_prefill * (1 - T_alone / T_decode)
 
   A long queue so makes for undivided steps, which get through the most tokens; many decoding
   requests beside a few long prompts make for a division.
+- With a target for the time between tokens, only what keeps it is weighed: cuts that leave decode
+  enough, and undivided steps with no more of a prompt than they have time for (`Decision.chunk`:
+  a share of time, where a cut is a share of units; Sarathi-Serve's budget, arXiv 2403.02310, found
+  by the cost model). A target that decoding alone could not keep is not held against a layout:
+  twice what it takes alone is always allowed.
 
 Divisions come from Nexus's search (`search.py`): the cut of either mode is weighed. With the
 paper's slacks the two can contradict each other, and then "decode first" leaves decode fewer units
@@ -27,9 +30,10 @@ arguments; nothing here reads a clock.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from toolkit.errors import InfeasibleError, UsageError
@@ -39,23 +43,13 @@ from toolkit.serve.split.correction import Correction
 from toolkit.serve.split.cost_model import CostModel, Usage
 from toolkit.serve.split.layouts import Layout
 from toolkit.serve.split.search import Mode, SearchConfig, greedy, search
+from toolkit.serve.split.weighing import CHUNKS, Seconds, Situation, Weighing
 from toolkit.serve.split.work import Load
 from toolkit.units import format_seconds
 
-
-@dataclass(frozen=True, slots=True)
-class Situation:
-    """What the controller sees: what either phase computes now or next, and who waits for it.
-
-    `waiting` prompts are queued or being computed, `decoding` requests have tokens to come;
-    `kv_usage` is the part of the KV cache in use, 0 to 1.
-    """
-
-    prefill: Load
-    decode: Load
-    waiting: int
-    decoding: int
-    kv_usage: float
+# A kind of step that is not made any more is believed to be as fast, beside its prediction, as
+# those that are: within so many seconds two thirds of the way.
+_FORGET_S = 5.0
 
 
 class Forecast(NamedTuple):
@@ -75,13 +69,18 @@ class Forecast(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A layout, since when it holds, and why, in a sentence for people."""
+    """A layout, since when it holds, and why, in a sentence for people.
+
+    `chunk` is how many tokens of prompts an undivided step may hold beside decoding requests; None
+    is as many as fit.
+    """
 
     layout: Layout
     since_s: float
     reason: str
     mode: Mode = Mode.PREFILL
     forecast: Forecast | None = None
+    chunk: int | None = None
 
 
 class Controller(Protocol):
@@ -97,6 +96,11 @@ class Controller(Protocol):
         """The newest changes of layout, in order; the last is the present one."""
         ...
 
+    @property
+    def decision(self) -> Decision:
+        """What holds now, and the newest reason for it."""
+        ...
+
     def decide(self, look: Callable[[], Situation], now: float) -> Decision:
         """Return the layout for steps beginning at `now`; `look` gives the situation."""
         ...
@@ -108,8 +112,11 @@ class Controller(Protocol):
         """
         ...
 
-    def observe(self, own: Phase | None, model_s: float, measured_s: float) -> None:
-        """Take in what a step took that `predict` had said would take `model_s`."""
+    def observe(self, own: Phase | None, model_s: float, measured_s: float) -> float:
+        """Take in what a step took that `predict` had said would take `model_s`.
+
+        Returns what was expected of it, everything known before it counted in.
+        """
         ...
 
 
@@ -170,9 +177,12 @@ class Predictor:
             self._usages[phase] = known
         return known[2]
 
-    def observe(self, own: Phase | None, model_s: float, measured_s: float) -> None:
-        """Take in a step's measured seconds."""
-        self.corrections[own].observe(model_s=model_s, measured_s=measured_s)
+    def observe(self, own: Phase | None, model_s: float, measured_s: float) -> float:
+        """Take in a step's measured seconds; return those predicted, correction included."""
+        correction = self.corrections[own]
+        predicted_s = correction.apply(model_s)
+        correction.observe(model_s=model_s, measured_s=measured_s)
+        return predicted_s
 
 
 class Fixed(Predictor):
@@ -180,19 +190,19 @@ class Fixed(Predictor):
 
     def __init__(self, cost: CostModel, layout: Layout) -> None:
         super().__init__(cost)
-        self._decision = Decision(layout, 0.0, f"{layout}, as told")
+        self.decision = Decision(layout, 0.0, f"{layout}, as told")
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
-        return (self._decision.layout,)
+        return (self.decision.layout,)
 
     @property
     def history(self) -> Sequence[Decision]:
-        return (self._decision,)
+        return (self.decision,)
 
     def decide(self, look: Callable[[], Situation], now: float) -> Decision:
         """Return the layout."""
-        return self._decision
+        return self.decision
 
 
 class Dynamic(Predictor):
@@ -222,6 +232,8 @@ class Dynamic(Predictor):
         self.history: deque[Decision] = deque([self.decision], maxlen=1024)
         self._changed_s = float("-inf")
         self._looked_s = float("-inf")
+        self._counts: dict[Phase | None, int] = {}
+        self._forgot_s = 0.0
         self.num_changes = 0
         self.num_evaluations = 0
 
@@ -236,28 +248,83 @@ class Dynamic(Predictor):
         Where one phase has nothing to do the layout stays: whoever launches steps gives a phase
         that is alone the whole device anyway.
         """
-        early = now - self._changed_s < self.config.dwell_s
-        if early or now - self._looked_s < self.config.interval_s or not self._cuts:
+        if now - self._looked_s < self.config.interval_s:
             return self.decision
-        self._looked_s = now
-        situation = look()
+        target_s, early = self.config.tbt_target_s, now - self._changed_s < self.config.dwell_s
+        if target_s is None and (early or not self._cuts):
+            return self.decision
+        before_s, self._looked_s, situation = self._looked_s, now, look()
+        self._forget(now)
         if not (situation.prefill and situation.decode):
+            if target_s is not None:
+                # The first step that holds both must be held to its time.
+                self._looked_s = before_s
+            return self.decision
+        if early or not self._cuts:
+            # How much of a prompt a step holds is no change of layout.
+            if target_s is not None:
+                chunk = self._chunk(situation, self._allowed_s(situation))[0]
+                self.decision = replace(self.decision, chunk=chunk)
             return self.decision
         self._mode = self.config.search.mode(situation.kv_usage, self._mode)
-        layout, forecast, reason = self._choose(situation)
+        layout, forecast, reason, chunk = self._choose(situation)
         changes = layout is not self.decision.layout
         since_s = now if changes else self.decision.since_s
-        self.decision = Decision(layout, since_s, reason, self._mode, forecast)
+        self.decision = Decision(layout, since_s, reason, self._mode, forecast, chunk)
         if changes:
             self._changed_s = now
             self.num_changes += 1
             self.history.append(self.decision)
         return self.decision
 
-    def _choose(self, situation: Situation) -> tuple[Layout, Forecast, str]:
-        """Return the layout, what it is expected to take, and why."""
+    def _forget(self, now: float) -> None:
+        """Let the corrections of steps that are not made drift to those of steps that are.
+
+        A slow minute would else be held for ever against the layout that it fell on.
+        """
+        counts = {kind: each.num_observed for kind, each in self.corrections.items()}
+        fresh = [
+            each.ratio
+            for kind, each in self.corrections.items()
+            if counts[kind] > self._counts.get(kind, 0)
+        ]
+        if fresh:
+            part = 1.0 - math.exp(-min(1.0, (now - self._forgot_s) / _FORGET_S))
+            for kind, each in self.corrections.items():
+                if counts[kind] == self._counts.get(kind, 0):
+                    each.drift(sum(fresh) / len(fresh), part)
+            self._counts, self._forgot_s = counts, now
+
+    def _allowed_s(self, situation: Situation) -> float:
+        """The seconds a token may take: as promised, or twice what decoding takes by itself."""
+        assert self.config.tbt_target_s is not None
+        alone_s = self.cost.alone(situation.decode, Phase.DECODE).seconds
+        return max(self.config.tbt_target_s, 2.0 * self.corrections[Phase.DECODE].apply(alone_s))
+
+    def _chunk(self, situation: Situation, allowed_s: float | None) -> tuple[int | None, float]:
+        """How much of a prompt a mixed step has time for, and its predicted seconds.
+
+        Without a limit all there is (None). Where not even the least keeps it, the least.
+        """
+
+        def seconds(tokens: int) -> float:
+            part = situation.prefill.first(tokens)
+            return self.corrections[None].apply(self.cost.undivided(part, situation.decode))
+
+        whole = situation.prefill.tokens
+        if allowed_s is None or seconds(whole) <= allowed_s:
+            return None, seconds(whole)
+        sizes = [size for size in CHUNKS if size < whole] or [whole]
+        at = greedy(lambda i: seconds(sizes[i]) <= allowed_s, len(sizes) // 2, len(sizes))
+        return sizes[at], seconds(sizes[at])
+
+    def _choose(self, situation: Situation) -> tuple[Layout, Forecast, str, int | None]:
+        """Return the layout, what it is expected to take, why, and the decision's chunk."""
         cost, config = self.cost, self.config
-        mixed_s = self.corrections[None].apply(cost.undivided(situation.prefill, situation.decode))
+        allowed_s = None
+        if config.may_undivide and config.tbt_target_s is not None:
+            allowed_s = self._allowed_s(situation)
+        chunk, mixed_s = self._chunk(situation, allowed_s)
         known: dict[int, tuple[float, float]] = {}
 
         def seconds(cut: int) -> tuple[float, float]:
@@ -295,71 +362,32 @@ class Dynamic(Predictor):
 
         if not config.may_undivide:
             at = self._steady(found(self._mode))
-            return (
-                self._cuts[at],
-                forecast(at),
-                f"{self._mode.value}: {forecast(at).at(self._cuts[at])}",
-            )
-        if config.tbt_target_s is not None:
-            return self._by_target(config.tbt_target_s, mixed_s, forecast)
-        cuts = {found(mode) for mode in Mode}
-        if self._mode is Mode.DECODE:
-            cuts = {min(cuts)}
-        return self._by_time_lost(situation, cuts, least[Phase.DECODE], forecast)
-
-    def _by_target(
-        self, target_s: float, mixed_s: float, forecast: Callable[[int], Forecast]
-    ) -> tuple[Layout, Forecast, str]:
-        """Undivided while that keeps the target, else the largest part for prefill that does."""
-        # Coming back takes a margin; leaving does not, or the target would be missed meanwhile.
-        margin = 0.0 if self.decision.layout.undivided else self.config.margin
-        at = greedy(
-            lambda cut: forecast(cut).decode_s <= target_s,
-            self._near[Mode.PREFILL],
-            len(self._cuts),
+            reason = f"{self._mode.value}: {forecast(at).at(self._cuts[at])}"
+            return self._cuts[at], forecast(at), reason, None
+        if allowed_s is None:
+            cuts = {found(mode) for mode in Mode}
+            if self._mode is Mode.DECODE:
+                cuts = {min(cuts)}
+        else:
+            near = self._near[Mode.PREFILL]
+            keeps = greedy(lambda cut: forecast(cut).decode_s <= allowed_s, near, len(self._cuts))
+            self._near[Mode.PREFILL] = keeps
+            cuts = {keeps}
+        weighing = Weighing(
+            situation,
+            chunk,
+            mixed_s,
+            self.corrections[Phase.DECODE].apply(least[Phase.DECODE]),
+            allowed_s,
+            lambda cut: Seconds(*forecast(cut)[:2]),
         )
-        self._near[Mode.PREFILL] = at
-        keeps = mixed_s <= target_s * (1.0 - margin)
-        layout = self._undivided if keeps else self._cuts[self._steady(at)]
-        said = "keeps" if keeps else "would miss"
-        steps = forecast(at).at(self._cuts[at])
-        reason = f"the mixed step {said} {format_seconds(target_s)} a token: {steps}"
-        return layout, forecast(at), reason
-
-    def _by_time_lost(
-        self,
-        situation: Situation,
-        cuts: set[int],
-        least_decode_s: float,
-        forecast: Callable[[int], Forecast],
-    ) -> tuple[Layout, Forecast, str]:
-        """Whichever layout loses least time; the present one unless another saves enough."""
-        waiting, decoding = situation.waiting, situation.decoding
-        alone_s = self.corrections[Phase.DECODE].apply(least_decode_s)
-
-        def apart(cut: int) -> float:
-            prefill_s, decode_s, _ = forecast(cut)
-            return prefill_s * (waiting + decoding * max(0.0, 1.0 - alone_s / decode_s))
-
-        mixed_s = forecast(self._at).undivided_s
-        together = waiting * mixed_s + decoding * max(0.0, mixed_s - alone_s)
-        best = min(sorted(cuts), key=apart)
-        is_undivided = self.decision.layout.undivided
-        present = together if is_undivided else apart(self._at)
-        keep, at = present * (1.0 - self.config.margin), self._at
-        layout = self.decision.layout
-        if apart(best) < min(keep, together):
-            layout, at = self._cuts[best], best
-        elif together < keep:
-            layout, at = self._undivided, best
-        elif is_undivided:
-            at = best
-        self._at = at
-        reason = (
-            f"{waiting} prompts and {decoding} decoding lose {apart(at):.3g} request-seconds each "
-            f"chunk divided, {together:.3g} undivided: {forecast(at).at(self._cuts[at])}"
-        )
-        return layout, forecast(at), reason
+        present = None if self.decision.layout.undivided else self._at
+        chosen = weighing.choose(sorted(cuts), present, config.margin)
+        # Of cuts not taken the best is told.
+        self._at = min(sorted(cuts), key=weighing.apart_s) if chosen is None else chosen
+        layout = self._undivided if chosen is None else self._cuts[chosen]
+        said = f"{weighing.said(self._at)}: {forecast(self._at).at(self._cuts[self._at])}"
+        return layout, forecast(self._at), said, chunk
 
     def _steady(self, at: int) -> int:
         """A cut, or the one before it where the two are too near each other to move."""

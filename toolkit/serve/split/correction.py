@@ -9,6 +9,8 @@ from toolkit.cost.calibration import Errors
 
 # A ratio outside of this is a fault of the measurement, or of the model beyond repair by a factor.
 _LEAST, _MOST = 0.1, 10.0
+# A step that took so many times what the others did says little: it was disturbed.
+_OUTLIER = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,13 @@ class Correction:
             return
         self._pairs.append(Pair(self.apply(model_s), measured_s))
         ratio = min(_MOST, max(_LEAST, measured_s / model_s))
+        ratio = min(self.ratio * _OUTLIER, max(self.ratio / _OUTLIER, ratio))
         self.ratio += self.weight * (ratio - self.ratio)
         self.num_observed += 1
+
+    def drift(self, ratio: float, part: float) -> None:
+        """Move `part` (0 to 1) of the way to `ratio`: what was measured long ago says less."""
+        self.ratio += part * (ratio - self.ratio)
 
     @property
     def errors(self) -> Errors | None:

@@ -108,13 +108,16 @@ class CostModel:
         device: Device,
         *,
         calibration: Calibration | None = None,
-        profiles: Mapping[Phase, Profile] | None = None,
+        profiles: Mapping[Phase | None, Profile] | None = None,
         overhead: StepOverhead | None = None,
         exchange: Exchange | None = None,
         mixed_factor: float = 1.0,
+        bandwidth: float | None = None,
     ) -> None:
-        """`profiles` replace, for a phase, the coefficients of the op classes named in them;
-        `exchange` is what a model shared by several devices adds to a step (see `sharded.py`).
+        """`profiles` replace, for a phase (None: a step of both), the coefficients of the op
+        classes named in them; `bandwidth` is what two phases side by side draw on, by default
+        what products reach of the device's; `exchange` is what a model shared by several devices
+        adds to a step (see `sharded.py`).
 
         `mixed_factor` is how much longer a step that computes both phases takes than its kernels
         say: 1 where the engine's kernels lose nothing on such a batch. Nexus reports 0.251 s for
@@ -130,7 +133,7 @@ class CostModel:
         self._calibration = calibration
         self._profiles = profiles or {}
         self._prices: dict[tuple[Phase | None, float], _Prices] = {}
-        self.bandwidth = (
+        self.bandwidth = bandwidth or (
             device.memory_bandwidth * self._coefficients("matmul", None).memory_efficiency
         )
 
@@ -230,7 +233,7 @@ class CostModel:
         return _Prices(tuple(kernels), moved[True], moved[False], launches_s)
 
     def _coefficients(self, op_class: OpClass, phase: Phase | None) -> Coefficients:
-        if phase is not None and op_class in self._profiles.get(phase, {}):
+        if op_class in self._profiles.get(phase, {}):
             return self._profiles[phase][op_class]
         fitted = self._calibration and self._calibration.coefficients(op_class, self.device)
         return fitted or roofline.default_coefficients(op_class, self.device)

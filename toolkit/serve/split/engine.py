@@ -12,21 +12,30 @@ begin when nothing is in flight any more.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from toolkit import log
 from toolkit.hardware.share import Share
 from toolkit.serve.batch import Batch, StepResult
 from toolkit.serve.clock import Clock
-from toolkit.serve.engine import Engine, StepReport
+from toolkit.serve.engine import Divided, Engine, StepReport
+from toolkit.serve.executor.base import StepLostError
 from toolkit.serve.journal import Journal
 from toolkit.serve.request import Phase, Status
 from toolkit.serve.scheduler import BOTH, Scheduler
-from toolkit.serve.split.controller import Controller, Decision, Situation
+from toolkit.serve.split.controller import Controller, Decision
 from toolkit.serve.split.layouts import Layout
+from toolkit.serve.split.weighing import Situation
 from toolkit.serve.split.work import Load
 from toolkit.timeline import Span, Timeline
+
+logger = log.get_logger(__name__)
+
+# As often may a kind of step be lost, one after another, before the engine is not to be trusted.
+_MOST_LOST = 2
+_KEPT_PREDICTIONS = 20_000
 
 
 class ConcurrentExecutor(Protocol):
@@ -44,7 +53,10 @@ class ConcurrentExecutor(Protocol):
         ...
 
     def wait(self) -> tuple[Batch, StepResult]:
-        """Return the batch that ends first of those begun, and its result."""
+        """Return the batch that ends first of those begun, and its result.
+
+        Raises StepLostError for one that has none; the other may still be in flight.
+        """
         ...
 
     def run(self, batch: Batch) -> StepResult:
@@ -91,6 +103,10 @@ class DividedEngine(Engine):
         super().__init__(scheduler, executor, clock, journal=journal, seed=seed)
         self.controller = controller
         self.num_steps: Counter[str] = Counter()
+        self.num_lost = 0
+        self._lost_in_a_row: Counter[Phase | None] = Counter()
+        # By step, in the order of their ends.
+        self._predicted: dict[int, float] = {}
         self._flights: dict[Phase | None, Flight] = {}
         self._held: dict[Phase, Share] = {}
 
@@ -106,24 +122,58 @@ class DividedEngine(Engine):
         )
 
     def step(self) -> StepReport:
-        """Begin what may begin, and see the first step in flight to its end; report it."""
+        """Begin what may begin, and see the first step in flight to its end; report it.
+
+        A step that is lost is taken back, and computed again by a later one: its report has no
+        outputs. Raises StepLostError when that does not help.
+        """
         self._launch(self.clock.now())
-        batch, result = self.executor.wait()
+        try:
+            batch, result = self.executor.wait()
+        except StepLostError as error:
+            return self._take_back(error)
         end_s = self.clock.now()
-        flight = next(one for one in self._flights.values() if one.batch is batch)
-        del self._flights[flight.phase]
+        flight = self._landed(batch)
+        self._lost_in_a_row[flight.phase] = 0
         self._collect(batch, result)
         took_s = end_s - flight.start_s
         drawn = self.scheduler.update(batch, result.token_ids, end_s, took_s)
-        self.controller.observe(flight.phase, flight.model_s, took_s)
-        return self._postprocess(batch, result, drawn, flight.start_s, end_s)
+        predicted_s = self.controller.observe(flight.phase, flight.model_s, took_s)
+        self._predicted[batch.step] = predicted_s
+        if len(self._predicted) > _KEPT_PREDICTIONS:
+            self._predicted.pop(next(iter(self._predicted)))
+        report = self._postprocess(batch, result, drawn, flight.start_s, end_s)
+        return replace(report, divided=Divided(flight.phase, flight.share.units, predicted_s))
+
+    @property
+    def in_flight_since_s(self) -> float | None:
+        """When the oldest step in flight began. Safe to ask from another thread."""
+        return min((one.start_s for one in list(self._flights.values())), default=None)
+
+    def _landed(self, batch: Batch) -> Flight:
+        flight = next(one for one in self._flights.values() if one.batch is batch)
+        del self._flights[flight.phase]
+        return flight
+
+    def _take_back(self, error: StepLostError) -> StepReport:
+        flight = self._landed(error.batch)
+        self.scheduler.cancel(error.batch)
+        self.num_lost += 1
+        self._lost_in_a_row[flight.phase] += 1
+        if self._lost_in_a_row[flight.phase] > _MOST_LOST:
+            raise error
+        logger.warning("%s; it is computed again", error, exc_info=error.__cause__)
+        divided = Divided(flight.phase, flight.share.units, None, lost=True)
+        return StepReport((), 0, 0, flight.start_s, self.clock.now(), divided)
 
     def timeline(self, title: str = "serving") -> Timeline:
         """Return the engine's recent steps and requests, and on a track `layout` what held when.
 
-        A layout's span says in its detail why it was chosen. Safe to call from another thread.
+        A layout's span says in its detail why it was chosen. Beside a measured step lies what was
+        predicted of it, from the same moment on. Safe to call from another thread.
         """
         found = super().timeline(title)
+        predicted = dict(self._predicted)
         end_s = max((span.end_s for span in found.spans), default=0.0)
         changes = list(self.controller.history)
         ends = [*(after.since_s for after in changes[1:]), max(end_s, changes[-1].since_s)]
@@ -135,13 +185,15 @@ class DividedEngine(Engine):
             for one, until_s in zip(changes, ends, strict=True)
             if until_s > one.since_s
         )  # fmt: skip
+        if self.journal.source == "measured":
+            found = replace(found, spans=found.spans + tuple(_foretold(found, predicted)))
         return replace(found, spans=spans + found.spans)
 
     def _launch(self, now: float) -> None:
         decision = self.controller.decide(self.situation, now)
         layout = decision.layout
         if layout.undivided and not self._flights:
-            batch = self.scheduler.schedule(now, BOTH)
+            batch = self.scheduler.schedule(now, BOTH, beside_tokens=decision.chunk)
             self._begin(batch, _kind(batch), layout.prefill, now)
             return
         # Prefill's end is when an engine becomes undivided: decode goes on until then.
@@ -183,9 +235,13 @@ class DividedEngine(Engine):
             if share != self.whole(share):
                 self._held[phase] = share
         model_s = self.controller.predict(loads, phase, share.fraction)
-        self._flights[phase] = Flight(batch, phase, share, load, now, model_s)
         self.num_steps["mixed" if phase is None else phase.value] += 1
-        self.executor.begin(batch, share)
+        try:
+            self.executor.begin(batch, share)
+        except BaseException:
+            self.scheduler.cancel(batch)
+            raise
+        self._flights[phase] = Flight(batch, phase, share, load, now, model_s)
 
     @staticmethod
     def whole(share: Share) -> Share:
@@ -236,6 +292,14 @@ def _from_queue(scheduler: Scheduler, budget: int) -> Load:
         times = -(-left // whole.tokens)
         load += Load(times, left, left, left * whole.pairs // whole.tokens, times)
     return load
+
+
+def _foretold(found: Timeline, predicted: Mapping[int, float]) -> Iterator[Span]:
+    """What each step was predicted to take, as spans that begin when it did."""
+    for span in found.spans:
+        took_s = predicted.get(span.detail.get("step", -1))
+        if took_s is not None:
+            yield replace(span, end_s=span.start_s + took_s, source="predicted")
 
 
 def _kind(batch: Batch) -> Phase | None:

@@ -57,6 +57,23 @@ class Load:
             samples += piece.samples
         return cls(sequences, tokens, context, pairs, samples)
 
+    def first(self, tokens: int) -> Load:
+        """Return about what computing only `tokens` of these would be: fewer of all in proportion.
+
+        >>> Load.chunk(0, 256).first(64)
+        Load(sequences=1, tokens=64, context=256, pairs=8224, samples=0)
+        """
+        if tokens >= self.tokens:
+            return self
+        # Contexts stay: a part of a chunk attends to all that came before.
+        return Load(
+            max(1, self.sequences * tokens // self.tokens),
+            tokens,
+            self.context,
+            max(tokens, self.pairs * tokens // self.tokens),
+            self.samples * tokens // self.tokens,
+        )
+
     def __add__(self, other: Load) -> Load:
         return Load(
             self.sequences + other.sequences,
