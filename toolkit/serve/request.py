@@ -25,6 +25,10 @@ class Phase(enum.Enum):
     PREFILL = "prefill"
     DECODE = "decode"
 
+    # Members are singletons; Enum's own hash is a function in Python, and phases are looked up at
+    # every step.
+    __hash__ = object.__hash__
+
 
 class Status(enum.Enum):
     """Where a request is: queued, holding KV blocks, or done."""

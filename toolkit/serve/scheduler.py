@@ -100,7 +100,7 @@ class Scheduler:
             prefill_policy, max_requests=config.max_queue, max_tokens=config.max_queue_tokens
         )
         self._arrivals = 0
-        self._step = 0
+        self.num_steps = 0
         self._ranked_version = pool.version
 
     def successor(self) -> Scheduler:
@@ -146,7 +146,7 @@ class Scheduler:
         eos_ids = frozenset() if request.sampling.ignore_eos else self.config.eos_ids
         request.end_ids = request.sampling.stop_token_ids | eos_ids
         request.arrival_seq, self._arrivals = self._arrivals, self._arrivals + 1
-        for policy in self._policies():
+        for policy in self.policies:
             policy.on_arrival(request, None, now)
         self._wait(request, now)
 
@@ -163,7 +163,7 @@ class Scheduler:
         request.finish_reason = reason
         request.finished_s = now
         self.num_finished[reason] += 1
-        for policy in self._policies():
+        for policy in self.policies:
             policy.on_complete(request, None, now)
         if not request.in_flight:
             self._release(request)
@@ -187,8 +187,8 @@ class Scheduler:
             # Whoever was just preempted must not take the freed blocks straight back.
             may_admit = self.num_preemptions == before
             slices += self._prefill_slices(self.config.step_tokens - len(slices), may_admit, now)
-        self._step += 1
-        return Batch(self._step, tuple(slices))
+        self.num_steps += 1
+        return Batch(self.num_steps, tuple(slices))
 
     def update(
         self, batch: Batch, token_ids: Sequence[int | None], now: float, seconds: float = 0.0
@@ -202,7 +202,7 @@ class Scheduler:
                 self._release(request)
                 continue
             self.tables.advance(request, piece.end)
-            for policy in self._policies():
+            for policy in self.policies:
                 policy.on_service(request, None, seconds, piece.num_tokens, now)
             if request.num_pending:
                 continue
@@ -230,9 +230,40 @@ class Scheduler:
             if piece.request.status is Status.FINISHED:
                 self._release(piece.request)
 
-    def _decode_slices(self, now: float) -> Iterator[Slice]:
+    # -- many steps at once ----------------------------------------------------------------------
+
+    def only_decodes(self, now: float) -> bool:
+        """Return whether the step at `now` can hold decoding requests alone.
+
+        It stays so until a request comes or ends, or until a key changes.
+        """
+        if any(request.phase is Phase.PREFILL for request in self.running):
+            return False
+        if not self.queue.num_requests:
+            return True
+        policy = self.prefill_policy
+        if policy.ranks_cached and self.config.prefix_cache:
+            return False
+        self._rank(now)
+        head = self.queue.head()
+        assert head is not None
+        if policy.preempts and any(policy.outranks(head[1], each) for each in self.running):
+            return False
+        full = len(self.running) >= self.config.max_batch
+        return full or self.tables.lacking(head[1], self._spare()) > 0
+
+    def decoding(self, now: float) -> list[Request]:
+        """Return the requests whose next token a step at `now` may compute, in their order."""
         ready = [r for r in self.running if r.phase is Phase.DECODE and not r.in_flight]
         ready.sort(key=lambda request: self.decode_policy.key(request, None, now))
+        return ready
+
+    def count_steps(self, num: int) -> None:
+        """Number the next step as if `num` more had been scheduled."""
+        self.num_steps += num
+
+    def _decode_slices(self, now: float) -> Iterator[Slice]:
+        ready = self.decoding(now)
         for request in ready[: self.config.step_tokens]:
             if request.status is Status.RUNNING and self._make_room(request, now):
                 yield self._fly(request, 1)
@@ -335,7 +366,7 @@ class Scheduler:
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.running.remove(request)
-        for policy in self._policies():
+        for policy in self.policies:
             policy.on_preempt(request, now)
         self._wait(request, now)
 
@@ -358,7 +389,9 @@ class Scheduler:
             self.tables.close(request)
             self.running.remove(request)
 
-    def _policies(self) -> tuple[Policy, ...]:
+    @property
+    def policies(self) -> tuple[Policy, ...]:
+        """Those that hear what happens, each once."""
         # One object in both slots hears each event once.
         if self.prefill_policy is self.decode_policy:
             return (self.prefill_policy,)

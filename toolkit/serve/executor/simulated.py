@@ -8,19 +8,19 @@ how much the other slows it (`CostModel.beside`).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from toolkit.errors import UsageError
 from toolkit.hardware.share import Share
 from toolkit.serve.batch import Batch, StepResult
 from toolkit.serve.clock import VirtualClock
-from toolkit.serve.request import Phase
+from toolkit.serve.request import Phase, Request
+from toolkit.serve.split import along
 from toolkit.serve.split.cost_model import CostModel, Usage
 from toolkit.serve.split.work import Load
 
-# What is drawn for every request: no text is simulated, only its length.
-TOKEN_ID = 0
 
 
 @dataclass(slots=True)
@@ -30,6 +30,21 @@ class _Flight:
     usage: Usage
     left_s: float  # with nothing beside it
     slowdown: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """Decode steps to come: how many sequences they hold, what each takes alone and in fact.
+
+    `num` were priced; `seconds` are of those that end before the step in flight beside them, and
+    `lefts_s` is what is left of that after each.
+    """
+
+    sequences: int
+    num: int
+    alone: along.Stretch
+    seconds: Sequence[float]
+    lefts_s: Sequence[float]
 
 
 class SimulatedExecutor:
@@ -59,6 +74,8 @@ class SimulatedExecutor:
         self._handover_s = handover_s
         self._seed = seed
         self._random = random.Random(seed)
+        # Factors drawn for steps that were priced ahead and have not begun.
+        self._drawn: deque[float] = deque()
         self._whole = Share.whole(cost.device)
         self._flights: list[_Flight] = []
 
@@ -76,7 +93,8 @@ class SimulatedExecutor:
         assert all(not share.overlaps(one.share) for one in self._flights), "units computed twice"
         usage, left_s = self._priced(batch, share)
         if self.noise:
-            left_s *= self._random.lognormvariate(0.0, self.noise)
+            self._draw(1)
+            left_s *= self._drawn.popleft()
         self._flights.append(_Flight(batch, share, usage, left_s))
         self._interfere()
 
@@ -94,8 +112,60 @@ class SimulatedExecutor:
         slices = first.batch.slices
         self.num_computed += sum(piece.num_tokens for piece in slices)
         return first.batch, StepResult(
-            tuple(TOKEN_ID if piece.samples else None for piece in slices)
+            tuple(self.token(piece.request) if piece.samples else None for piece in slices)
         )
+
+    def ahead(self, sequences: int, context: int, num: int, share: Share) -> Ahead:
+        """Return what up to `num` decode steps on `share`, one after another, would take.
+
+        They are as many as end before whatever is in flight, which may be one step of the other
+        phase. Nothing changes; see `pass_by`.
+        """
+        own = along.decoding(self.cost, sequences, context, num, Phase.DECODE, share.fraction)
+        alone_s = along.each(own.seconds, num)
+        if self.noise:
+            self._draw(num)
+            alone_s = [one * factor for one, factor in zip(alone_s, self._drawn, strict=False)]
+        if not self._flights:
+            return Ahead(sequences, num, own, tuple(alone_s), ())
+        (flight,) = self._flights
+        mine = theirs = [1.0] * num
+        if flight.share.device == share.device:
+            assert not share.overlaps(flight.share), "units computed twice"
+            other, band = along.of(flight.usage), self.cost.bandwidth
+            mine = along.each(along.beside(own, other, band) / own.seconds, num)
+            theirs = along.each(along.beside(other, own, band) / flight.usage.seconds, num)
+        took, lefts, left_s = [], [], flight.left_s
+        for one, my_slowdown, their_slowdown in zip(alone_s, mine, theirs, strict=True):
+            seconds = one * my_slowdown
+            if left_s * their_slowdown <= seconds:
+                break
+            left_s = max(0.0, left_s - seconds / their_slowdown)
+            took.append(seconds)
+            lefts.append(left_s)
+        return Ahead(sequences, num, own, tuple(took), tuple(lefts))
+
+    def pass_by(self, found: Ahead, num: int) -> None:
+        """Take the first `num` steps of `found` at once: the clock stands at the end of the last.
+
+        Nothing has begun or ended since `ahead`.
+        """
+        for seconds in found.seconds[:num]:
+            self.clock.advance(seconds)
+            self.busy_s += seconds
+            if self.noise:
+                self._drawn.popleft()
+        self.num_computed += num * found.sequences
+        if found.lefts_s:
+            self._flights[0].left_s = found.lefts_s[num - 1]
+
+    def token(self, request: Request) -> int:
+        """Return what is drawn for a request, always: no text, but no other request says it."""
+        return -1 - request.arrival_seq
+
+    def _draw(self, num: int) -> None:
+        while len(self._drawn) < num:
+            self._drawn.append(self._random.lognormvariate(0.0, self.noise))
 
     def successor(self) -> SimulatedExecutor:
         """Return an executor of the same model and device with nothing in flight."""

@@ -28,6 +28,7 @@ class BlockState(enum.Enum):
 
 
 _WRITING = {Phase.PREFILL: BlockState.PREFILL, Phase.DECODE: BlockState.DECODE}
+_WRITTEN = tuple(_WRITING.values())
 
 
 class BlockPool:
@@ -97,11 +98,14 @@ class BlockPool:
         The caller has checked `num_free`.
         """
         assert count <= self.num_free, f"{count} blocks wanted, {self.num_free} free"
-        taken = [self._free.pop() if self._free else self._evict() for _ in range(count)]
+        free, references, states, state = self._free, self._references, self._states, _WRITING[phase]
+        taken = free[: -count - 1 : -1] if count else []
+        del free[len(free) - len(taken) :]
+        taken += [self._evict() for _ in range(count - len(taken))]
         for block in taken:
-            assert self._references[block] == 0, f"block {block} was free and referenced"
-            self._references[block] = 1
-            self._states[block] = _WRITING[phase]
+            assert references[block] == 0, f"block {block} was free and referenced"
+            references[block] = 1
+            states[block] = state
         return taken
 
     def begin_write(self, block: int, phase: Phase) -> None:
@@ -113,8 +117,15 @@ class BlockPool:
 
     def end_write(self, block: int) -> None:
         """Publish a block: whatever was written is complete and may be read by anyone."""
-        assert self._states[block] in _WRITING.values(), f"block {block} has no writer"
+        assert self._states[block] in _WRITTEN, f"block {block} has no writer"
         self._states[block] = BlockState.READY
+
+    def end_writes(self, blocks: Iterable[int]) -> None:
+        """As `end_write`, of each."""
+        states = self._states
+        for block in blocks:
+            assert states[block] in _WRITTEN, f"block {block} has no writer"
+            states[block] = BlockState.READY
 
     def share(self, block: int) -> None:
         """Add an owner to a READY block."""
@@ -123,17 +134,19 @@ class BlockPool:
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one owner of each block, the last first; without owners it is cached, or free."""
+        references, states, index, free = self._references, self._states, self._index, self._free
         for block in reversed(blocks):
-            assert self._references[block] > 0, f"block {block} is freed twice"
-            self._references[block] -= 1
-            if self._references[block]:
+            left = references[block] - 1
+            assert left >= 0, f"block {block} is freed twice"
+            references[block] = left
+            if left:
                 continue
-            if self._index.holds(block):
-                self._states[block] = BlockState.CACHED
-                self._index.rest(block)
+            if index.holds(block):
+                states[block] = BlockState.CACHED
+                index.rest(block)
             else:
-                self._states[block] = BlockState.FREE
-                self._free.append(block)
+                states[block] = BlockState.FREE
+                free.append(block)
 
     # -- the prefix cache ------------------------------------------------------------------------
 

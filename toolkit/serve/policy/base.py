@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 from toolkit.serve.request import Request
@@ -47,6 +49,31 @@ class Policy(ABC):
         self, call: Request, program: Program | None, seconds: float, tokens: int, now: float
     ) -> None:
         """A step that took `seconds` computed `tokens` of the call."""
+
+    def on_services(
+        self, call: Request, program: Program | None, took_s: Sequence[float], ends_s: Sequence[float]
+    ) -> None:
+        """Steps that took `took_s` and ended at `ends_s` computed a token each of the call.
+
+        The same as `on_service` step by step, for whoever takes many at once.
+        """
+        if self.hears_service:
+            for seconds, end_s in zip(took_s, ends_s, strict=True):
+                self.on_service(call, program, seconds, 1, end_s)
+
+    def service_left_s(self, call: Request) -> float:
+        """Return how much service the call can get before its key may change by it."""
+        return 0.0 if self.hears_service else math.inf
+
+    @property
+    def hears_service(self) -> bool:
+        """Whether `on_service` does anything."""
+        return type(self).on_service is not Policy.on_service
+
+    @property
+    def preempts(self) -> bool:
+        """Whether `outranks` may ever say so."""
+        return type(self).outranks is not Policy.outranks
 
     def on_complete(  # noqa: B027
         self, call: Request, program: Program | None, now: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from toolkit.serve.bench.load import Arrival
@@ -9,6 +10,7 @@ from toolkit.serve.bench.sample import Sample
 from toolkit.serve.clock import VirtualClock
 from toolkit.serve.engine import Engine
 from toolkit.serve.request import Request, SamplingParams
+from toolkit.serve.simulate.leap import Leaping
 
 
 def drive(
@@ -17,15 +19,25 @@ def drive(
     arrivals: Sequence[Arrival],
     *,
     on_done: Callable[[], None] = lambda: None,
+    stepwise: bool = False,
 ) -> list[Sample]:
     """Serve `arrivals`, which are in order of time, to the last token; return what clients saw.
 
     `clock` is the engine's. A request joins at the first step that begins after its arrival, as it
     does live; every token reaches its client when its step ends. `on_done` is called per request.
+    An engine that can takes many steps of decoding at once; `stepwise` forbids it, for the same
+    samples in more time, and a timeline of every step.
     """
     pieces: list[list[float]] = [[] for _ in arrivals]
     index: dict[str, int] = {}
     coming = 0
+
+    def next_s(request: Request | None = None, now: float = 0.0) -> float:
+        if request is not None:
+            on_done()
+        return arrivals[coming].at_s if coming < len(arrivals) else math.inf
+
+    leaping = engine if isinstance(engine, Leaping) and not stepwise else None
     while coming < len(arrivals) or engine.has_work:
         if not engine.has_work:
             clock.advance(max(0.0, arrivals[coming].at_s - clock.now()))
@@ -36,6 +48,12 @@ def drive(
             coming += 1
         if not engine.has_work:
             continue
+        if leaping is not None:
+            leap = leaping.leap(next_s(), next_s)
+            if leap is not None:
+                for request, _, num in leap.drawn:
+                    pieces[index[request.id]] += leap.ends_s[:num]
+                continue
         report = engine.step()
         for output in report.outputs:
             pieces[index[output.request.id]].append(report.end_s)

@@ -34,7 +34,8 @@ from typing import NamedTuple, Protocol
 
 from toolkit.errors import InfeasibleError, UsageError
 from toolkit.serve.request import Phase
-from toolkit.serve.split import layouts
+from toolkit.serve.split import along, layouts
+from toolkit.serve.split.along import Stretch, Values
 from toolkit.serve.split.correction import Correction
 from toolkit.serve.split.cost_model import CostModel, Usage
 from toolkit.serve.split.layouts import Layout
@@ -101,6 +102,10 @@ class Controller(Protocol):
         """Return the layout for steps beginning at `now`; `look` gives the situation."""
         ...
 
+    def rests(self, now: float) -> bool:
+        """Return whether `decide` would give the present decision at `now` without looking."""
+        ...
+
     def predict(self, loads: Mapping[Phase, Load], own: Phase | None, share: float) -> float:
         """Return the model's seconds of a step of `own` (None: mixed) on `share`, uncorrected.
 
@@ -163,6 +168,14 @@ class Predictor:
             return usage.seconds
         return cost.beside(usage, self._usage(loads[other], other, 1.0 - share))
 
+    def predict_run(self, run: Stretch, loads: Mapping[Phase, Load], share: float) -> Values:
+        """Return `predict` for each step of a run of decoding on `share`, beside `loads`."""
+        other = loads.get(Phase.PREFILL)
+        if share >= 1.0 or not other:
+            return run.seconds
+        beside = along.of(self._usage(other, Phase.PREFILL, 1.0 - share))
+        return along.beside(run, beside, self.cost.bandwidth)
+
     def _usage(self, load: Load, phase: Phase, share: float) -> Usage:
         known = self._usages.get(phase)
         if known is None or known[0] is not load or known[1] != share:
@@ -173,6 +186,10 @@ class Predictor:
     def observe(self, own: Phase | None, model_s: float, measured_s: float) -> None:
         """Take in a step's measured seconds."""
         self.corrections[own].observe(model_s=model_s, measured_s=measured_s)
+
+    def observe_run(self, own: Phase, model_s: Sequence[float], measured_s: Sequence[float]) -> None:
+        """Take in many steps' seconds, one after another."""
+        self.corrections[own].observe_run(model_s, measured_s)
 
 
 class Fixed(Predictor):
@@ -193,6 +210,10 @@ class Fixed(Predictor):
     def decide(self, look: Callable[[], Situation], now: float) -> Decision:
         """Return the layout."""
         return self._decision
+
+    def rests(self, now: float) -> bool:
+        """Always."""
+        return True
 
 
 class Dynamic(Predictor):
@@ -236,8 +257,7 @@ class Dynamic(Predictor):
         Where one phase has nothing to do the layout stays: whoever launches steps gives a phase
         that is alone the whole device anyway.
         """
-        early = now - self._changed_s < self.config.dwell_s
-        if early or now - self._looked_s < self.config.interval_s or not self._cuts:
+        if self.rests(now):
             return self.decision
         self._looked_s = now
         situation = look()
@@ -253,6 +273,11 @@ class Dynamic(Predictor):
             self.num_changes += 1
             self.history.append(self.decision)
         return self.decision
+
+    def rests(self, now: float) -> bool:
+        """Return whether it is too early to change, or to look again."""
+        early = now - self._changed_s < self.config.dwell_s
+        return early or now - self._looked_s < self.config.interval_s or not self._cuts
 
     def _choose(self, situation: Situation) -> tuple[Layout, Forecast, str]:
         """Return the layout, what it is expected to take, and why."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from toolkit.cost.calibration import Errors
 
@@ -11,8 +12,7 @@ from toolkit.cost.calibration import Errors
 _LEAST, _MOST = 0.1, 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(NamedTuple):
     """One step's seconds, as predicted (corrections included) and as measured."""
 
     predicted_s: float
@@ -44,10 +44,15 @@ class Correction:
         """Take in a step that the model alone said would take `model_s`."""
         if model_s <= 0 or measured_s <= 0:
             return
-        self._pairs.append(Pair(self.apply(model_s), measured_s))
+        self._pairs.append(Pair(self.ratio * model_s, measured_s))
         ratio = min(_MOST, max(_LEAST, measured_s / model_s))
         self.ratio += self.weight * (ratio - self.ratio)
         self.num_observed += 1
+
+    def observe_run(self, model_s: Sequence[float], measured_s: Sequence[float]) -> None:
+        """Take in many steps, one after another."""
+        for one_s, each_s in zip(model_s, measured_s, strict=True):
+            self.observe(model_s=one_s, measured_s=each_s)
 
     @property
     def errors(self) -> Errors | None:

@@ -1,0 +1,253 @@
+"""Many decode steps taken at once, to the same end as one after another.
+
+While nobody arrives, no prompt is computed and no key changes, a decoding engine does the same
+thing at every step: each request gets a token. What such a run changes is known beforehand, so it
+is priced as a whole and booked once per request, per block that fills up and per request that ends,
+not once per token. Requests, blocks, policies and clock are left exactly as the single steps would
+have left them; `tests/serve/test_leap.py` holds the two against each other on every system.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from toolkit.hardware.share import Share
+from toolkit.serve.batch import Batch, Slice
+from toolkit.serve.executor.simulated import Ahead, SimulatedExecutor
+from toolkit.serve.request import FinishReason, Phase, Request
+from toolkit.serve.scheduler import Scheduler
+
+# Below this a run costs more to prepare than it saves.
+_LEAST_STEPS = 3
+# Steps priced at first: it is not known how many will be taken before something happens.
+_FIRST_CHUNK = 32
+
+# Called when a request ends, with the time; returns until when steps may begin from now on.
+OnEnd = Callable[[Request, float], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Leap:
+    """What a run of steps drew: for each request one token at each of the first ends.
+
+    `drawn` holds the request, how many tokens were computed of it before, and how many were drawn.
+    """
+
+    ends_s: Sequence[float]
+    drawn: Sequence[tuple[Request, int, int]]
+
+    def batch(self, step: int) -> Batch:
+        """Return the run as one batch, for the journal."""
+        return Batch(
+            step,
+            tuple(Slice(each, Phase.DECODE, start, start + num) for each, start, num in self.drawn),
+        )
+
+
+@dataclass(slots=True)
+class _Member:
+    """A decoding request: where it stood when the run began, and after how many steps it ends."""
+
+    request: Request
+    rank: int
+    start: int
+    last: int
+
+
+class DecodeRun:
+    """Steps that hold every decoding request until it ends, one after another."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: SimulatedExecutor,
+        share: Share,
+        *,
+        until_s: float,
+        ends_run: bool,
+        on_end: OnEnd,
+        rests: Callable[[float], bool] = lambda now: True,
+        look: Callable[[float, int, int], bool] = lambda now, num, context: True,
+        observe: Callable[[Ahead, Sequence[float]], None] = lambda found, took_s: None,
+    ) -> None:
+        """No step begins at `until_s` or later. Where `ends_run`, the first request to end is last.
+
+        Before a step at which a controller no longer `rests`, it is asked to `look` at the time,
+        the requests and their context, and says whether all stays as it is. `observe` hears of the
+        steps taken, in order: what was foreseen, and what each took.
+        """
+        self.scheduler = scheduler
+        self.executor = executor
+        self.share = share
+        self.until_s = until_s
+        self.ends_run = ends_run
+        self.on_end = on_end
+        self.rests = rests
+        self.look = look
+        self.observe = observe
+        self.ends_s: list[float] = []
+        self.took_s: list[float] = []
+        self._now = executor.clock.now()
+        self._served_s = 0.0
+        self._service_s = math.inf
+        self._opened = False
+        self._buckets: list[list[_Member]] = []
+
+    def take(self) -> Leap | None:
+        """Take as many steps as are alike; None where they are too few to be worth it."""
+        scheduler = self.scheduler
+        requests = scheduler.decoding(self._now)
+        if not requests or len(requests) > scheduler.config.step_tokens:
+            return None
+        if any(request.end_ids or request.grammar is not None for request in requests):
+            return None
+        service_s = min(
+            (p.service_left_s(r) for p in scheduler.policies if p.hears_service for r in requests),
+            default=math.inf,
+        )
+        # A sum of many steps may be off by a few last bits from the policy's own.
+        self._service_s = service_s * (1 - 1e-9)
+        members = [
+            _Member(request, rank, request.num_computed, request.max_total_tokens - request.num_tokens)
+            for rank, request in enumerate(requests)
+        ]
+        if self.ends_run and min(member.last for member in members) < _LEAST_STEPS:
+            return None
+        self._buckets = self._bucketed(members)
+        self._run(members)
+        if not self.ends_s:
+            return None
+        num = len(self.ends_s)
+        return Leap(self.ends_s, [(m.request, m.start, min(m.last, num)) for m in members])
+
+    def _run(self, members: list[_Member]) -> None:
+        live = sorted(members, key=lambda member: (member.last, member.rank))
+        context = sum(member.start + 1 for member in live)
+        chunk = _FIRST_CHUNK
+        while live and self._goes_on(len(live), context):
+            wanted = min(chunk, live[0].last - len(self.ends_s))
+            found = self.executor.ahead(len(live), context, wanted, self.share)
+            num = self._book(live, self._count(found))
+            if not num:
+                break
+            self.executor.pass_by(found, num)
+            self.observe(found, self.took_s[-num:])
+            self._now = self.ends_s[-1]
+            context += num * len(live)
+            chunk = 2 * chunk if num == wanted else num + 1
+            ended = 0
+            while ended < len(live) and live[ended].last == len(self.ends_s):
+                self._finish(live[ended])
+                context -= live[ended].start + 1 + live[ended].last
+                self.until_s = min(self.until_s, self.on_end(live[ended].request, self._now))
+                ended += 1
+            live = live[ended:]
+            if (ended and self.ends_run) or num == len(found.seconds) < wanted:
+                break
+        if self.ends_s:
+            for member in live:
+                self._settle(member, len(self.ends_s))
+
+    def _goes_on(self, num: int, context: int) -> bool:
+        """Whether a step may begin now, as far as time and a controller say."""
+        if self._now >= self.until_s or self._served_s >= self._service_s:
+            return False
+        if not self.ends_s or self.rests(self._now):
+            return True
+        return self.look(self._now, num, context)
+
+    def _count(self, found: Ahead) -> int:
+        """Return how many of the steps may be taken, as far as time says; note their ends."""
+        now, served_s, count = self._now, self._served_s, 0
+        until_s, service_s, rests = self.until_s, self._service_s, self.rests
+        for seconds in found.seconds:
+            if count and (now >= until_s or served_s >= service_s or not rests(now)):
+                break
+            end_s = now + seconds
+            self.ends_s.append(end_s)
+            self.took_s.append(end_s - now)
+            served_s += end_s - now
+            now = end_s
+            count += 1
+        self._served_s = served_s
+        return count
+
+    # -- blocks ----------------------------------------------------------------------------------
+
+    def _bucketed(self, members: list[_Member]) -> list[list[_Member]]:
+        """Members by the step, modulo the block size, at which they begin a new block."""
+        size = self.scheduler.pool.block_size
+        buckets: list[list[_Member]] = [[] for _ in range(size)]
+        for member in members:
+            buckets[-member.start % size].append(member)
+        return buckets
+
+    def _book(self, live: list[_Member], num: int) -> int:
+        """Write the steps' blocks; return how many of them there is memory for."""
+        pool, tables, size = self.scheduler.pool, self.scheduler.tables, len(self._buckets)
+        first = len(self.ends_s) - num
+        if not self._opened and num:
+            # Blocks half filled change hands; those of new ones are taken with the others below.
+            for member in live:
+                if member.start % size:
+                    tables.grow(member.request)
+            self._opened = True
+        for step in range(first, first + num):
+            beginning = [m for m in self._buckets[step % size] if m.last > step]
+            if len(beginning) > pool.num_free:
+                del self.ends_s[step:], self.took_s[step:]
+                return step - first
+            for member in beginning:
+                member.request.num_computed = member.start + step
+                grown = tables.grow(member.request)
+                assert grown, "a block was free and is not"
+            # Whoever begins a block at the next step has filled one at this.
+            for member in self._buckets[(step + 1) % size]:
+                if member.last > step:
+                    self._advance(member, step + 1)
+        return num
+
+    def _advance(self, member: _Member, steps: int) -> None:
+        """Note that a request has taken so many steps; a block that this fills is published."""
+        request, end = member.request, member.start + steps
+        if self.scheduler.tables.prefix_cache:
+            # A block's name is made of its tokens.
+            self._write(request, end)
+        self.scheduler.tables.advance(request, end)
+
+    def _write(self, request: Request, end: int) -> None:
+        missing = end - request.num_tokens
+        if missing > 0:
+            request.output_ids += [self.executor.token(request)] * missing
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def _settle(self, member: _Member, steps: int) -> None:
+        """Bring a request to where `steps` single steps would have brought it."""
+        request, end = member.request, member.start + steps
+        if request.num_computed < end:
+            self.scheduler.tables.advance(request, end)
+        self._write(request, end + 1)
+        request.last_token_s = self.ends_s[steps - 1]
+        for policy in self.scheduler.policies:
+            if policy.hears_service:
+                policy.on_services(request, None, self.took_s[:steps], self.ends_s[:steps])
+
+    def _finish(self, member: _Member) -> None:
+        self._settle(member, member.last)
+        self.scheduler.finish(member.request, FinishReason.LENGTH, self._now)
+
+
+@runtime_checkable
+class Leaping(Protocol):
+    """An engine that can take the steps up to the next event at once."""
+
+    def leap(self, until_s: float, on_end: OnEnd) -> Leap | None:
+        """Take steps that begin before `until_s`; None where the next is not one of many alike.
+
+        `on_end` is called when a request ends, and says until when steps may begin from then on.
+        """
+        ...
