@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from toolkit.errors import UsageError
 from toolkit.serve.batch import Batch, Slice
 from toolkit.serve.kv.blocks import BlockPool
 from toolkit.serve.kv.tables import BlockTables
+from toolkit.serve.limits import SchedulerConfig
 from toolkit.serve.policy.base import Policy
 from toolkit.serve.queue import WaitingQueue
 from toolkit.serve.request import FinishReason, Phase, Request, Status, TooLongError
@@ -21,43 +22,7 @@ from toolkit.serve.request import FinishReason, Phase, Request, Status, TooLongE
 BOTH = (Phase.DECODE, Phase.PREFILL)
 
 
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """Limits of the scheduler.
-
-    `max_batch` requests hold blocks at once; a step computes at most `step_tokens`, of which
-    decoding requests take one each and prefill chunks the rest (chunked prefill, as in
-    Sarathi-Serve). `max_context` bounds prompt and output together. `prefix_cache` shares the
-    blocks of equal contexts across requests. `max_queue` and `max_queue_tokens` cap what waits
-    (None: no cap). `eos_ids` end a request.
-    """
-
-    max_batch: int = 32
-    step_tokens: int = 256
-    max_context: int = 2048
-    prefix_cache: bool = True
-    max_queue: int | None = None
-    max_queue_tokens: int | None = None
-    eos_ids: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        if self.max_batch < 1:
-            raise UsageError(
-                f"a batch of {self.max_batch} requests is none", remedy="use 1 or more"
-            )
-        if self.step_tokens <= self.max_batch:
-            raise UsageError(
-                f"{self.step_tokens} tokens a step leave nothing for prefill beside "
-                f"{self.max_batch} decoding requests",
-                remedy="raise the tokens a step, or lower the batch",
-            )
-        for what, cap in (("requests", self.max_queue), ("tokens", self.max_queue_tokens)):
-            if cap is not None and cap < 1:
-                raise UsageError(f"a queue of {cap} {what} lets nobody in", remedy="use 1 or more")
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """A token drawn for a request, and whether the request ended with it.
 
     `index` counts the request's outputs from 0; `gap_s` is the time since the one before, for the
@@ -66,7 +31,7 @@ class Token:
 
     request: Request
     token_id: int
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's `index` is of no use here
     gap_s: float
     finish_reason: FinishReason | None
 
@@ -195,6 +160,7 @@ class Scheduler:
     ) -> list[Token]:
         """Take in a step's results, `seconds` after it began; return the tokens drawn."""
         drawn: list[Token] = []
+        listening = [policy for policy in self.policies if policy.hears_service]
         for piece, token_id in zip(batch.slices, token_ids, strict=True):
             request = piece.request
             request.in_flight = False
@@ -202,9 +168,10 @@ class Scheduler:
                 self._release(request)
                 continue
             self.tables.advance(request, piece.end)
-            for policy in self.policies:
+            for policy in listening:
                 policy.on_service(request, None, seconds, piece.num_tokens, now)
-            if request.num_pending:
+            known = request.num_tokens
+            if piece.end < known:
                 continue
             assert token_id is not None, f"no token drawn for {request.id}"
             if request.phase is Phase.PREFILL:
@@ -216,10 +183,10 @@ class Scheduler:
             request.last_token_s = now
             if request.first_token_s is None:
                 request.first_token_s = now
-            reason = self._ending(request, token_id)
+            reason = self._ending(request, token_id, known + 1)
             if reason is not None:
                 self.finish(request, reason, now)
-            index = len(request.output_ids) - 1
+            index = known - len(request.prompt_ids)
             drawn.append(Token(request, token_id, index, now - before_s, reason))
         return drawn
 
@@ -294,12 +261,13 @@ class Scheduler:
 
     def _fly(self, request: Request, count: int) -> Slice:
         request.in_flight = True
-        return Slice(request, request.phase, request.num_computed, request.num_computed + count)
+        start = request.num_computed
+        return Slice(request, request.phase, start, start + count)
 
-    def _ending(self, request: Request, token_id: int) -> FinishReason | None:
+    def _ending(self, request: Request, token_id: int, num_tokens: int) -> FinishReason | None:
         if token_id in request.end_ids or (request.grammar and request.grammar.ended):
             return FinishReason.STOP
-        if request.num_tokens >= request.max_total_tokens:
+        if num_tokens >= request.max_total_tokens:
             return FinishReason.LENGTH
         return None
 
@@ -409,3 +377,6 @@ class Scheduler:
             assert not finished or request.in_flight, f"{request.id} has ended and holds blocks"
             enough = self.pool.blocks_for(request.num_computed)
             assert len(request.block_ids) >= enough, f"{request.id} computed more than it holds"
+
+
+__all__ = ["BOTH", "Scheduler", "SchedulerConfig", "Token"]

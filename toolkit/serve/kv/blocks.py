@@ -98,7 +98,8 @@ class BlockPool:
         The caller has checked `num_free`.
         """
         assert count <= self.num_free, f"{count} blocks wanted, {self.num_free} free"
-        free, references, states, state = self._free, self._references, self._states, _WRITING[phase]
+        free, references, states = self._free, self._references, self._states
+        state = _WRITING[phase]
         taken = free[: -count - 1 : -1] if count else []
         del free[len(free) - len(taken) :]
         taken += [self._evict() for _ in range(count - len(taken))]
@@ -135,13 +136,14 @@ class BlockPool:
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one owner of each block, the last first; without owners it is cached, or free."""
         references, states, index, free = self._references, self._states, self._index, self._free
+        named = len(index)
         for block in reversed(blocks):
             left = references[block] - 1
             assert left >= 0, f"block {block} is freed twice"
             references[block] = left
             if left:
                 continue
-            if index.holds(block):
+            if named and index.holds(block):
                 states[block] = BlockState.CACHED
                 index.rest(block)
             else:

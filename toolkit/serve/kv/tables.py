@@ -85,6 +85,8 @@ class BlockTables:
         pool, size = self.pool, self.pool.block_size
         first, last = request.num_computed // size, end // size
         request.num_computed = end
+        if first == last and request.phase is Phase.DECODE:
+            return
         if not self.prefix_cache:
             pool.end_writes(request.block_ids[first:last])
             first = last

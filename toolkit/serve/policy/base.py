@@ -51,7 +51,11 @@ class Policy(ABC):
         """A step that took `seconds` computed `tokens` of the call."""
 
     def on_services(
-        self, call: Request, program: Program | None, took_s: Sequence[float], ends_s: Sequence[float]
+        self,
+        call: Request,
+        program: Program | None,
+        took_s: Sequence[float],
+        ends_s: Sequence[float],
     ) -> None:
         """Steps that took `took_s` and ended at `ends_s` computed a token each of the call.
 

@@ -51,7 +51,11 @@ class ShortestPromptFirst(Policy):
         self._waiting.pop(call.id, None)
 
     def on_services(
-        self, call: Request, program: Program | None, took_s: Sequence[float], ends_s: Sequence[float]
+        self,
+        call: Request,
+        program: Program | None,
+        took_s: Sequence[float],
+        ends_s: Sequence[float],
     ) -> None:
         self._waiting.pop(call.id, None)
 

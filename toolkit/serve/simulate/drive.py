@@ -37,19 +37,24 @@ def drive(
             on_done()
         return arrivals[coming].at_s if coming < len(arrivals) else math.inf
 
-    leaping = engine if isinstance(engine, Leaping) and not stepwise else None
-    while coming < len(arrivals) or engine.has_work:
-        if not engine.has_work:
-            clock.advance(max(0.0, arrivals[coming].at_s - clock.now()))
-        while coming < len(arrivals) and arrivals[coming].at_s <= clock.now():
+    def join(now: float) -> float:
+        nonlocal coming
+        while coming < len(arrivals) and arrivals[coming].at_s <= now:
             made = _request(coming, arrivals[coming])
             index[made.id] = coming
             engine.add(made)
             coming += 1
+        return next_s()
+
+    leaping = engine if isinstance(engine, Leaping) and not stepwise else None
+    while coming < len(arrivals) or engine.has_work:
+        if not engine.has_work:
+            clock.advance(max(0.0, arrivals[coming].at_s - clock.now()))
+        upcoming_s = join(clock.now())
         if not engine.has_work:
             continue
         if leaping is not None:
-            leap = leaping.leap(next_s(), next_s)
+            leap = leaping.leap(upcoming_s, next_s, join)
             if leap is not None:
                 for request, _, num in leap.drawn:
                     pieces[index[request.id]] += leap.ends_s[:num]

@@ -12,11 +12,12 @@ from toolkit.serve.engine import Engine
 from toolkit.serve.executor.simulated import Ahead, SimulatedExecutor
 from toolkit.serve.request import Phase
 from toolkit.serve.scheduler import Scheduler
-from toolkit.serve.simulate.leap import DecodeRun, Leap, OnEnd
+from toolkit.serve.simulate.leap import DecodeRun, Join, Leap, OnEnd
 from toolkit.serve.split import along
 from toolkit.serve.split.controller import Predictor, Situation
 from toolkit.serve.split.engine import DividedEngine
 from toolkit.serve.split.work import Load
+
 
 class UndividedEngine(Engine):
     """The live loop, for steps that hold both phases."""
@@ -24,12 +25,12 @@ class UndividedEngine(Engine):
     # How often a step of decoding asks the scheduler what to compute.
     asks: ClassVar[int] = 1
 
-    def leap(self, until_s: float, on_end: OnEnd) -> Leap | None:
+    def leap(self, until_s: float, on_end: OnEnd, join: Join) -> Leap | None:
         """Take many steps at once; see `Leaping`."""
         scheduler, begin_s = self.scheduler, self.clock.now()
         if not scheduler.running or not scheduler.only_decodes(begin_s):
             return None
-        executor = cast(SimulatedExecutor, self.executor)
+        executor = cast("SimulatedExecutor", self.executor)
         run = DecodeRun(
             scheduler,
             executor,
@@ -54,7 +55,7 @@ class PrefillFirstEngine(UndividedEngine):
 class SplitEngine(DividedEngine):
     """The live loop, for a step of either phase in flight."""
 
-    def leap(self, until_s: float, on_end: OnEnd) -> Leap | None:
+    def leap(self, until_s: float, on_end: OnEnd, join: Join) -> Leap | None:
         """Take many steps of decoding at once, alone or beside a step of prefill."""
         scheduler, controller, begin_s = self.scheduler, self.controller, self.clock.now()
         if not scheduler.running or Phase.DECODE in self._flights or None in self._flights:
@@ -87,25 +88,36 @@ class SplitEngine(DividedEngine):
             )
             return controller.decide(lambda: found, now).layout is layout
 
-        predictor = cast(Predictor, controller)
+        predictor = cast("Predictor", controller)
         loads = {} if beside is None else {Phase.PREFILL: beside.load}
         part = share.fraction
 
-        def observe(found: Ahead, took_s: Sequence[float]) -> None:
-            model_s = predictor.predict_run(found.alone, loads, part)
-            foreseen_s = along.each(model_s, found.num)
-            predictor.observe_run(Phase.DECODE, foreseen_s[: len(took_s)], took_s)
-            self.num_steps[Phase.DECODE.value] += len(took_s)
+        foreseen: tuple[Ahead | None, list[float]] = (None, [])
+
+        def observe(found: Ahead, first: int, took_s: Sequence[float]) -> None:
+            nonlocal foreseen
+            if foreseen[0] is not found:
+                model_s, other = found.alone.seconds, predictor.beside(loads, part)
+                if other is not None and other == found.other and found.beside_s is not None:
+                    model_s = found.beside_s
+                elif other is not None:
+                    model_s = along.beside(found.alone, other, predictor.cost.bandwidth)
+                foreseen = (found, model_s.tolist())
+            num = len(took_s)
+            learnt = predictor.corrections[Phase.DECODE]
+            learnt.observe_run(foreseen[1][first : first + num], took_s)
+            self.num_steps[Phase.DECODE.value] += num
             if share != self.whole(share):
                 self._held[Phase.DECODE] = share
 
         run = DecodeRun(
             scheduler,
-            cast(SimulatedExecutor, self.executor),
+            cast("SimulatedExecutor", self.executor),
             share,
             until_s=min(until_s, _until(scheduler, begin_s)) if waiting else until_s,
             ends_run=waiting,
             on_end=on_end,
+            join=None if beside is None else join,
             rests=controller.rests,
             look=look,
             observe=observe,

@@ -10,23 +10,30 @@ have left them; `tests/serve/test_leap.py` holds the two against each other on e
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 from toolkit.hardware.share import Share
 from toolkit.serve.batch import Batch, Slice
 from toolkit.serve.executor.simulated import Ahead, SimulatedExecutor
 from toolkit.serve.request import FinishReason, Phase, Request
 from toolkit.serve.scheduler import Scheduler
+from toolkit.serve.split import along
 
 # Below this a run costs more to prepare than it saves.
 _LEAST_STEPS = 3
 # Steps priced at first: it is not known how many will be taken before something happens.
-_FIRST_CHUNK = 32
+_FIRST_CHUNK = 24
 
 # Called when a request ends, with the time; returns until when steps may begin from now on.
 OnEnd = Callable[[Request, float], float]
+# Gives the engine whoever has arrived by a time; returns when the next one will.
+Join = Callable[[float], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +76,17 @@ class DecodeRun:
         until_s: float,
         ends_run: bool,
         on_end: OnEnd,
+        join: Join | None = None,
         rests: Callable[[float], bool] = lambda now: True,
         look: Callable[[float, int, int], bool] = lambda now, num, context: True,
-        observe: Callable[[Ahead, Sequence[float]], None] = lambda found, took_s: None,
+        observe: Callable[[Ahead, int, Sequence[float]], None] = lambda found, first, took_s: None,
     ) -> None:
-        """No step begins at `until_s` or later. Where `ends_run`, the first request to end is last.
+        """No step begins at `until_s` or later, unless `join` takes in who has come by then. Where
+        `ends_run`, the first request to end is the last.
 
         Before a step at which a controller no longer `rests`, it is asked to `look` at the time,
         the requests and their context, and says whether all stays as it is. `observe` hears of the
-        steps taken, in order: what was foreseen, and what each took.
+        steps taken, in order: what was foreseen, from which step on, and what each took.
         """
         self.scheduler = scheduler
         self.executor = executor
@@ -85,6 +94,7 @@ class DecodeRun:
         self.until_s = until_s
         self.ends_run = ends_run
         self.on_end = on_end
+        self.join = join
         self.rests = rests
         self.look = look
         self.observe = observe
@@ -111,8 +121,8 @@ class DecodeRun:
         # A sum of many steps may be off by a few last bits from the policy's own.
         self._service_s = service_s * (1 - 1e-9)
         members = [
-            _Member(request, rank, request.num_computed, request.max_total_tokens - request.num_tokens)
-            for rank, request in enumerate(requests)
+            _Member(each, rank, each.num_computed, each.max_total_tokens - each.num_tokens)
+            for rank, each in enumerate(requests)
         ]
         if self.ends_run and min(member.last for member in members) < _LEAST_STEPS:
             return None
@@ -126,18 +136,22 @@ class DecodeRun:
     def _run(self, members: list[_Member]) -> None:
         live = sorted(members, key=lambda member: (member.last, member.rank))
         context = sum(member.start + 1 for member in live)
-        chunk = _FIRST_CHUNK
+        found: Ahead | None = None
+        used, num = 0, _FIRST_CHUNK
         while live and self._goes_on(len(live), context):
-            wanted = min(chunk, live[0].last - len(self.ends_s))
-            found = self.executor.ahead(len(live), context, wanted, self.share)
-            num = self._book(live, self._count(found))
-            if not num:
+            if found is None or used == found.num:
+                if found is not None and found.num < found.counts.num:
+                    break
+                found, used = self._ahead(live, context, num), 0
+                num *= 2
+            taken = self._book(live, self._count(found, used, live[0].last))
+            if not taken:
                 break
-            self.executor.pass_by(found, num)
-            self.observe(found, self.took_s[-num:])
+            self.executor.pass_by(found, used, taken)
+            self.observe(found, used, self.took_s[-taken:])
+            used += taken
             self._now = self.ends_s[-1]
-            context += num * len(live)
-            chunk = 2 * chunk if num == wanted else num + 1
+            context += taken * len(live)
             ended = 0
             while ended < len(live) and live[ended].last == len(self.ends_s):
                 self._finish(live[ended])
@@ -145,7 +159,7 @@ class DecodeRun:
                 self.until_s = min(self.until_s, self.on_end(live[ended].request, self._now))
                 ended += 1
             live = live[ended:]
-            if (ended and self.ends_run) or num == len(found.seconds) < wanted:
+            if ended and self.ends_run:
                 break
         if self.ends_s:
             for member in live:
@@ -153,27 +167,46 @@ class DecodeRun:
 
     def _goes_on(self, num: int, context: int) -> bool:
         """Whether a step may begin now, as far as time and a controller say."""
-        if self._now >= self.until_s or self._served_s >= self._service_s:
+        if self._now >= self.until_s:
+            if self.join is None:
+                return False
+            self.until_s = self.join(self._now)
+        if self._served_s >= self._service_s:
             return False
         if not self.ends_s or self.rests(self._now):
             return True
         return self.look(self._now, num, context)
 
-    def _count(self, found: Ahead) -> int:
-        """Return how many of the steps may be taken, as far as time says; note their ends."""
-        now, served_s, count = self._now, self._served_s, 0
-        until_s, service_s, rests = self.until_s, self._service_s, self.rests
-        for seconds in found.seconds:
-            if count and (now >= until_s or served_s >= service_s or not rests(now)):
-                break
-            end_s = now + seconds
-            self.ends_s.append(end_s)
-            self.took_s.append(end_s - now)
-            served_s += end_s - now
-            now = end_s
-            count += 1
-        self._served_s = served_s
-        return count
+    def _ahead(self, live: list[_Member], context: int, num: int) -> Ahead:
+        """Price the next `num` steps, in which some end."""
+        done = len(self.ends_s)
+        num = min(num, live[-1].last - done)
+        sequences, contexts, left, at = [], [], len(live), 0
+        for step in range(done, done + num):
+            sequences.append(left)
+            contexts.append(context)
+            context += left
+            while at < len(live) and live[at].last == step + 1:
+                context -= live[at].start + 1 + live[at].last
+                left, at = left - 1, at + 1
+        counts = along.Counts(np.array(sequences), np.array(contexts, np.float64))
+        return self.executor.ahead(counts, self.share)
+
+    def _count(self, found: Ahead, used: int, last: int) -> int:
+        """Return how many steps may be taken before one ends or time is up; note their ends."""
+        most = min(found.num - used, last - len(self.ends_s))
+        times_s = found.times_s[used : used + most + 1].tolist()
+        # A step begins where the one before ends.
+        most = min(most, bisect_left(times_s, self.until_s))
+        service_s = self._service_s - self._served_s + times_s[0]
+        most = min(most, bisect_left(times_s, service_s))
+        if not self.rests(times_s[most - 1]):
+            rested = bisect_left(times_s, True, hi=most, key=lambda at_s: not self.rests(at_s))
+            most = max(1, rested)
+        self.ends_s += times_s[1 : most + 1]
+        self.took_s += [end - begin for begin, end in pairwise(times_s[: most + 1])]
+        self._served_s += times_s[most] - times_s[0]
+        return most
 
     # -- blocks ----------------------------------------------------------------------------------
 
@@ -245,9 +278,10 @@ class DecodeRun:
 class Leaping(Protocol):
     """An engine that can take the steps up to the next event at once."""
 
-    def leap(self, until_s: float, on_end: OnEnd) -> Leap | None:
+    def leap(self, until_s: float, on_end: OnEnd, join: Join) -> Leap | None:
         """Take steps that begin before `until_s`; None where the next is not one of many alike.
 
-        `on_end` is called when a request ends, and says until when steps may begin from then on.
+        `on_end` is called when a request ends, and says until when steps may begin from then on;
+        so does `join`, where whoever arrives changes nothing for those that decode.
         """
         ...

@@ -8,7 +8,7 @@ a simulator that takes many steps at once may then be held against one that take
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,111 +16,167 @@ from numpy.typing import NDArray
 from toolkit.serve.request import Phase
 from toolkit.serve.split.cost_model import CostModel, Usage
 
-# One number where it is the same at every step.
-Values = float | NDArray[np.float64]
+# Sequences that a table of prices is made for at first.
+_LEAST = 64
+Array = NDArray[np.floating[Any]]
 
 
-class Stretch(NamedTuple):
-    """What each step of a run takes alone; the fields are those of `Usage`, step by step."""
+class Counts(NamedTuple):
+    """How many sequences decode at each step of a run, and how many keys they attend to in all."""
 
-    attention_s: Values
-    attention_bytes: Values
-    dense_s: Values
-    dense_bytes: Values
-    overhead_s: float
+    sequences: NDArray[np.int64]
+    contexts: Array
 
     @property
-    def seconds(self) -> Values:
+    def num(self) -> int:
+        """Steps."""
+        return len(self.sequences)
+
+
+class Run(NamedTuple):
+    """What each step of a run takes alone; the fields are those of `Usage`, step by step."""
+
+    attention_s: Array
+    attention_bytes: Array
+    dense_s: Array
+    dense_bytes: Array
+    overhead_s: Array
+
+    @property
+    def seconds(self) -> Array:
         """Each step's seconds with nothing beside it."""
         return self.attention_s + self.dense_s + self.overhead_s
 
 
-def of(usage: Usage) -> Stretch:
-    """Return a run of steps that all take the same."""
-    attention, dense = usage.attention, usage.dense
-    return Stretch(
-        *(attention.seconds, attention.moved_bytes, dense.seconds, dense.moved_bytes),
-        usage.overhead_s,
-    )
+class Runs:
+    """Prices runs of decoding by one cost model, in which nothing may change afterwards."""
+
+    def __init__(self, cost: CostModel) -> None:
+        self.cost = cost
+        self._tables: dict[float, _Table] = {}
+
+    def decoding(self, counts: Counts, share: float) -> Run:
+        """Return steps on `share` that decode one token each of so many sequences."""
+        table, most = self._tables.get(share), int(counts.sequences[0])
+        if table is None or table.most < most:
+            most = max(most, 2 * table.most if table else _LEAST)
+            table = self._tables[share] = _Table(self.cost, share, most)
+        return table.run(counts)
 
 
-def decoding(
-    cost: CostModel, sequences: int, context: int, num: int, phase: Phase | None, share: float
-) -> Stretch:
-    """Return `num` steps that decode one token each of `sequences`.
+class _Table:
+    """Prices of decode steps by the number of sequences; what depends on context is added."""
 
-    The first attends to `context` keys in all, each later one to `sequences` more.
-    """
-    prices = cost.prices(phase, share)
-    contexts = context + sequences * np.arange(num, dtype=np.float64)
-    n = sequences
-    attention_s: Values = 0.0
-    dense_s: Values = 0.0
-    for is_attention, compute, memory in prices.kernels:
-        seconds = [_linear(each, n, contexts) for each in (compute, memory)]
-        most = _most(*seconds)
-        if is_attention:
-            attention_s = attention_s + most
-        else:
-            dense_s = dense_s + most
-    overhead_s = cost.overhead.per_step_s + n * cost.overhead.per_sequence_s
-    overhead_s += prices.launches_s
-    if cost.exchange is not None:
-        overhead_s += cost.exchange.seconds_of(n)
-    moved = []
-    for per in (prices.attention_bytes, prices.dense_bytes):
-        moved.append(_linear(per.terms, n, contexts))
-    return Stretch(attention_s, moved[0], dense_s, moved[1], overhead_s)
+    def __init__(self, cost: CostModel, share: float, most: int) -> None:
+        self.most = most
+        prices, n = cost.prices(Phase.DECODE, share), np.arange(most + 1)
+        self.attention = [
+            (_fixed(compute, n), _fixed(memory, n))
+            for is_attention, compute, memory in prices.kernels
+            if is_attention
+        ]
+        self.dense = [
+            (_fixed(compute, n), _fixed(memory, n))
+            for is_attention, compute, memory in prices.kernels
+            if not is_attention
+        ]
+        self.attention_bytes = _fixed(prices.attention_bytes.terms, n)
+        self.dense_bytes = _fixed(prices.dense_bytes.terms, n)
+        overhead_s: Array = cost.overhead.per_step_s + n * cost.overhead.per_sequence_s
+        self.overhead_s: Array = overhead_s + prices.launches_s
+        if cost.exchange is not None:
+            tokens_s = [cost.exchange.seconds_of(num) for num in range(most + 1)]
+            self.overhead_s = self.overhead_s + np.array(tokens_s)
+        # Where no dense kernel looks at the context, all of them are one column.
+        self.dense_s: Array | None = None
+        if not any(form.rises for pair in self.dense for form in pair):
+            self.dense_s = self._seconds(self.dense, n, np.zeros(most + 1))
 
-
-def beside(own: Stretch, other: Stretch, bandwidth: float) -> Values:
-    """Return each step's seconds beside `other`, as `CostModel.beside`; either may be a run."""
-    total_s = other.seconds
-    idle = other.overhead_s / total_s
-    traffic = [
-        (seconds / total_s, _rate(seconds, moved))
-        for seconds, moved in (
-            (other.attention_s, other.attention_bytes),
-            (other.dense_s, other.dense_bytes),
+    def run(self, counts: Counts) -> Run:
+        """Return what steps of so many sequences take."""
+        n, contexts = counts
+        known = self.dense_s
+        return Run(
+            self._seconds(self.attention, n, contexts),
+            self.attention_bytes.at(n, contexts),
+            self._seconds(self.dense, n, contexts) if known is None else known[n],
+            self.dense_bytes.at(n, contexts),
+            self.overhead_s[n],
         )
-    ]
-    found: Values = own.overhead_s
+
+    @staticmethod
+    def _seconds(
+        kernels: list[tuple[_Form, _Form]], n: NDArray[np.int64], contexts: Array
+    ) -> Array:
+        found: Array = np.zeros(len(n))
+        for compute, memory in kernels:
+            found = found + np.maximum(compute.at(n, contexts), memory.at(n, contexts))
+        return found
+
+
+class _Form(NamedTuple):
+    """A sum of terms in the order of PerCount's fields, whose first three depend on n alone."""
+
+    head: Array
+    per_context: float
+    per_pair: float
+    tail: Array | None
+
+    @property
+    def rises(self) -> bool:
+        """Whether it depends on the context."""
+        return bool(self.per_context or self.per_pair)
+
+    def at(self, n: NDArray[np.int64], contexts: Array) -> Array:
+        # Each token attends to its whole context: there are as many pairs as keys. What is zero is
+        # left out: adding it would change nothing.
+        found = self.head[n]
+        if self.per_context:
+            found = found + self.per_context * contexts
+        if self.per_pair:
+            found = found + self.per_pair * contexts
+        return found if self.tail is None else found + self.tail[n]
+
+
+def _fixed(terms: tuple[float, ...], n: NDArray[np.int64]) -> _Form:
+    constant, per_n, per_token, per_context, per_pair, per_sample = terms
+    head: Array = constant + per_n * n + per_token * n
+    tail: Array | None = per_sample * n if per_sample else None
+    return _Form(head, per_context, per_pair, tail)
+
+
+def beside(own: Run, other: Usage, bandwidth: float) -> Array:
+    """Return each step's seconds beside steps like `other`, as `CostModel.beside`."""
+    total_s = other.seconds
+    if not total_s:
+        return own.seconds
+    idle = other.overhead_s / total_s
+    (part, rate), (dense_part, dense_rate) = (
+        (segment.seconds / total_s, segment.rate) for segment in (other.attention, other.dense)
+    )
+    found = own.overhead_s
     for seconds, moved in (
         (own.attention_s, own.attention_bytes),
         (own.dense_s, own.dense_bytes),
     ):
-        if isinstance(seconds, float) and not seconds:
-            continue
-        rate = _rate(seconds, moved)
-        one, two = (
-            part / _most(1.0, (rate + other_rate) / bandwidth) for part, other_rate in traffic
-        )
-        found = found + seconds / (idle + (one + two))
+        mine = moved / seconds
+        kept = part / np.maximum(1.0, (mine + rate) / bandwidth)
+        kept += dense_part / np.maximum(1.0, (mine + dense_rate) / bandwidth)
+        found = found + seconds / (idle + kept)
     return found
 
 
-def each(values: Values, num: int) -> list[float]:
-    """Return one number a step."""
-    return [values] * num if isinstance(values, float) else cast(list[float], values.tolist())
-
-
-def _linear(terms: tuple[float, ...], n: int, contexts: NDArray[np.float64]) -> Values:
-    """A sum of terms in the order of PerCount's fields, for a decode step of `n` sequences."""
-    constant, per_n, per_token, per_context, per_pair, per_sample = terms
-    found = constant + per_n * n + per_token * n
-    if not per_context and not per_pair:
-        return found + per_sample * n
-    # Each token attends to its whole context: there are as many pairs as keys.
-    return found + per_context * contexts + per_pair * contexts + per_sample * n
-
-
-def _rate(seconds: Values, moved: Values) -> Values:
-    if isinstance(seconds, float) and not seconds:
-        return 0.0
-    return moved / seconds
-
-
-def _most(one: Values, two: Values) -> Values:
-    if isinstance(one, float) and isinstance(two, float):
-        return max(one, two)
-    return cast(Values, np.maximum(one, two))
+def slowed(own: Usage, other: Run, bandwidth: float) -> Array:
+    """Return the seconds of `own` beside each step of `other`, as `CostModel.beside`."""
+    total_s = other.seconds
+    idle = other.overhead_s / total_s
+    part, rate = other.attention_s / total_s, other.attention_bytes / other.attention_s
+    dense_part, dense_rate = other.dense_s / total_s, other.dense_bytes / other.dense_s
+    found: Array = np.full(len(total_s), own.overhead_s)
+    for segment in (own.attention, own.dense):
+        if segment.seconds:
+            mine = segment.rate
+            kept = part / np.maximum(1.0, (mine + rate) / bandwidth)
+            kept += dense_part / np.maximum(1.0, (mine + dense_rate) / bandwidth)
+            found = found + segment.seconds / (idle + kept)
+    return found

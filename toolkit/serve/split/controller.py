@@ -34,8 +34,7 @@ from typing import NamedTuple, Protocol
 
 from toolkit.errors import InfeasibleError, UsageError
 from toolkit.serve.request import Phase
-from toolkit.serve.split import along, layouts
-from toolkit.serve.split.along import Stretch, Values
+from toolkit.serve.split import layouts
 from toolkit.serve.split.correction import Correction
 from toolkit.serve.split.cost_model import CostModel, Usage
 from toolkit.serve.split.layouts import Layout
@@ -168,13 +167,10 @@ class Predictor:
             return usage.seconds
         return cost.beside(usage, self._usage(loads[other], other, 1.0 - share))
 
-    def predict_run(self, run: Stretch, loads: Mapping[Phase, Load], share: float) -> Values:
-        """Return `predict` for each step of a run of decoding on `share`, beside `loads`."""
+    def beside(self, loads: Mapping[Phase, Load], share: float) -> Usage | None:
+        """Return what decoding on `share` of the device is predicted to run beside, if anything."""
         other = loads.get(Phase.PREFILL)
-        if share >= 1.0 or not other:
-            return run.seconds
-        beside = along.of(self._usage(other, Phase.PREFILL, 1.0 - share))
-        return along.beside(run, beside, self.cost.bandwidth)
+        return self._usage(other, Phase.PREFILL, 1.0 - share) if other and share < 1.0 else None
 
     def _usage(self, load: Load, phase: Phase, share: float) -> Usage:
         known = self._usages.get(phase)
@@ -186,10 +182,6 @@ class Predictor:
     def observe(self, own: Phase | None, model_s: float, measured_s: float) -> None:
         """Take in a step's measured seconds."""
         self.corrections[own].observe(model_s=model_s, measured_s=measured_s)
-
-    def observe_run(self, own: Phase, model_s: Sequence[float], measured_s: Sequence[float]) -> None:
-        """Take in many steps' seconds, one after another."""
-        self.corrections[own].observe_run(model_s, measured_s)
 
 
 class Fixed(Predictor):

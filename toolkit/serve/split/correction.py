@@ -50,9 +50,13 @@ class Correction:
         self.num_observed += 1
 
     def observe_run(self, model_s: Sequence[float], measured_s: Sequence[float]) -> None:
-        """Take in many steps, one after another."""
+        """Take in many steps of some length, one after another."""
+        ratio, weight, note = self.ratio, self.weight, self._pairs.append
         for one_s, each_s in zip(model_s, measured_s, strict=True):
-            self.observe(model_s=one_s, measured_s=each_s)
+            note(Pair(ratio * one_s, each_s))
+            ratio += weight * (min(_MOST, max(_LEAST, each_s / one_s)) - ratio)
+        self.ratio = ratio
+        self.num_observed += len(model_s)
 
     @property
     def errors(self) -> Errors | None:

@@ -130,6 +130,7 @@ class CostModel:
         self._calibration = calibration
         self._profiles = profiles or {}
         self._prices: dict[tuple[Phase | None, float], Prices] = {}
+        self._known: dict[tuple[Phase | None, float], tuple[Load, Usage]] = {}
         self.bandwidth = (
             device.memory_bandwidth * self._coefficients("matmul", None).memory_efficiency
         )
@@ -142,7 +143,15 @@ class CostModel:
         """
         if not load:
             return NOTHING
-        prices = self.prices(phase, share)
+        # A chunk of prompt outlasts many looks of a controller, which asks for the same again.
+        known = self._known.get((phase, share))
+        if known is not None and known[0] is load:
+            return known[1]
+        usage = self._usage(load, self.prices(phase, share))
+        self._known[phase, share] = (load, usage)
+        return usage
+
+    def _usage(self, load: Load, prices: Prices) -> Usage:
         n, t, c, p, d = load.sequences, load.tokens, load.context, load.pairs, load.samples
         attention_s = dense_s = 0.0
         # Written out: this is asked at every step, and several times for a decision.
@@ -174,17 +183,16 @@ class CostModel:
         if not total_s:
             return own.seconds
         idle = other.overhead_s / total_s
-        traffic = [
-            (segment.seconds / total_s, segment.rate) for segment in (other.attention, other.dense)
-        ]
+        attention, dense = other.attention, other.dense
+        part, dense_part = attention.seconds / total_s, dense.seconds / total_s
+        rate, dense_rate, bandwidth = attention.rate, dense.rate, self.bandwidth
         seconds = own.overhead_s
         for segment in (own.attention, own.dense):
             if segment.seconds:
-                kept = idle + sum(
-                    part / max(1.0, (segment.rate + rate) / self.bandwidth)
-                    for part, rate in traffic
-                )
-                seconds += segment.seconds / kept
+                mine = segment.rate
+                kept = part / max(1.0, (mine + rate) / bandwidth)
+                kept += dense_part / max(1.0, (mine + dense_rate) / bandwidth)
+                seconds += segment.seconds / (idle + kept)
         return seconds
 
     def divided(self, prefill: Load, decode: Load, prefill_share: float) -> tuple[float, float]:
