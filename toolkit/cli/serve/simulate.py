@@ -73,6 +73,9 @@ def simulate(
     picture: Annotated[
         Path | None, typer.Option(help="Draw latency against rate, e.g. rates.png.")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write curves and tables of the sweep as one HTML page.")
+    ] = None,
     timeline: Annotated[
         Path | None, typer.Option(help="Write one run's timeline (one system, one rate).")
     ] = None,
@@ -100,7 +103,8 @@ def simulate(
         )
     if picture is not None:
         require("matplotlib.figure", extra="plots")
-    from toolkit.serve.bench import load, report
+    from toolkit.serve.bench import load
+    from toolkit.serve.bench.report import Promise
 
     if trace is not None:
         found = load.trace(trace, num=num, speed=speed, max_tokens=max_tokens)
@@ -108,7 +112,7 @@ def simulate(
     else:
         kind = workloads.find(workload)
         plans = {each: kind.arrivals(each, num, seed=seed, cv=cv) for each in rates}
-    promise = report.Promise(
+    promise = Promise(
         None if slo_ttft is None else parse_seconds(slo_ttft),
         None if slo_tpot is None else parse_seconds(slo_tpot),
     )
@@ -168,6 +172,10 @@ def simulate(
         "source": "simulated",
         "runs": runs,
     }
+    if report is not None:
+        from toolkit.serve.simulate import page
+
+        page.write(body, report)
     view.emit(body, as_json=as_json, render=lambda: _shown(body, setup))
 
 
@@ -185,7 +193,9 @@ def _run(
 
     clock, began_s = VirtualClock(), time.perf_counter()
     engine = system.build(setup, clock)
-    samples = drive(engine, clock, arrivals, on_done=on_done)
+    # A timeline shows every step; without one, many alike are taken at once.
+    stepwise = timeline is not None
+    samples = drive(engine, clock, arrivals, on_done=on_done, stepwise=stepwise)
     took_s = time.perf_counter() - began_s
     if timeline is not None:
         from toolkit.timeline import files
