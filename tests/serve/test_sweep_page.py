@@ -34,8 +34,8 @@ def body() -> dict[str, Any]:
     runs += [run_of("split-spf", 1.0, 1.0), run_of("split-spf", 2.0, 0.5)]
     runs += [run_of("auto", rate, 1.0) for rate in (1.0, None)]
     return {
-        "model": "m<1>", "device": "l20", "num_devices": 1, "workload": "mixed", "dtype": "bfloat16",
-        "seed": 0, "kv_tokens": 1000, "source": "simulated", "runs": runs,
+        "model": "m<1>", "device": "l20", "num_devices": 1, "workload": "mixed",
+        "dtype": "bfloat16", "seed": 0, "kv_tokens": 1000, "source": "simulated", "runs": runs,
     }  # fmt: skip
 
 

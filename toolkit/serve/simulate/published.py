@@ -38,7 +38,7 @@ class Claim:
             )
             return (ours / others, ours / others) if ours and others else None
         mine, theirs = (
-            {run["rate"]: (run[self.key] or {}).get(self.statistic) for run in runs
+            {run["rate"]: (run[self.key] or {}).get(self.statistic, 0.0) for run in runs
              if run["system"] == name}
             for name in (self.system, self.baseline)
         )  # fmt: skip
