@@ -16,6 +16,7 @@ from toolkit.serve.kv.blocks import BlockPool
 from toolkit.serve.kv.tables import BlockTables
 from toolkit.serve.limits import SchedulerConfig
 from toolkit.serve.policy.base import Policy
+from toolkit.serve.programs.table import ProcessTable
 from toolkit.serve.queue import WaitingQueue
 from toolkit.serve.request import FinishReason, Phase, Request, Status, TooLongError
 
@@ -45,6 +46,7 @@ class Scheduler:
         pool: BlockPool,
         prefill_policy: Policy,
         decode_policy: Policy,
+        programs: ProcessTable | None = None,
     ) -> None:
         if pool.capacity_tokens < config.max_context:
             # A lone request must always fit: then preemption always lets somebody finish.
@@ -58,6 +60,7 @@ class Scheduler:
         self.tables = BlockTables(pool, prefix_cache=config.prefix_cache)
         self.prefill_policy = prefill_policy
         self.decode_policy = decode_policy
+        self.programs = ProcessTable() if programs is None else programs
         self.running: list[Request] = []
         self.num_preemptions = 0
         self.num_finished = dict.fromkeys(FinishReason, 0)
@@ -73,9 +76,8 @@ class Scheduler:
         pool = BlockPool(self.pool.num_blocks, self.pool.block_size)
         prefill = self.prefill_policy.fresh()
         shared = self.decode_policy is self.prefill_policy
-        return Scheduler(
-            self.config, pool, prefill, prefill if shared else self.decode_policy.fresh()
-        )
+        decode = prefill if shared else self.decode_policy.fresh()
+        return Scheduler(self.config, pool, prefill, decode, self.programs.fresh())
 
     # -- what is there -------------------------------------------------------------------------
 
@@ -111,8 +113,10 @@ class Scheduler:
         eos_ids = frozenset() if request.sampling.ignore_eos else self.config.eos_ids
         request.end_ids = request.sampling.stop_token_ids | eos_ids
         request.arrival_seq, self._arrivals = self._arrivals, self._arrivals + 1
+        request.since_s = now
+        request.program = self.programs.on_arrival(request, now)
         for policy in self.policies:
-            policy.on_arrival(request, None, now)
+            policy.on_arrival(request, request.program, now)
         self._wait(request, now)
 
     def finish(self, request: Request, reason: FinishReason, now: float) -> None:
@@ -124,12 +128,15 @@ class Scheduler:
             return
         if request.status is Status.WAITING:
             self.queue.discard(request)
+        request.waited_s, request.served_s = request.waiting_s(now), request.service_s(now)
         request.status = Status.FINISHED
         request.finish_reason = reason
         request.finished_s = now
         self.num_finished[reason] += 1
+        # The program first: what policies do may depend on what it has now been given.
+        self.programs.on_complete(request, now)
         for policy in self.policies:
-            policy.on_complete(request, None, now)
+            policy.on_complete(request, request.program, now)
         if not request.in_flight:
             self._release(request)
 
@@ -169,7 +176,7 @@ class Scheduler:
                 continue
             self.tables.advance(request, piece.end)
             for policy in listening:
-                policy.on_service(request, None, seconds, piece.num_tokens, now)
+                policy.on_service(request, request.program, seconds, piece.num_tokens, now)
             known = request.num_tokens
             if piece.end < known:
                 continue
@@ -222,7 +229,7 @@ class Scheduler:
     def decoding(self, now: float) -> list[Request]:
         """Return the requests whose next token a step at `now` may compute, in their order."""
         ready = [r for r in self.running if r.phase is Phase.DECODE and not r.in_flight]
-        ready.sort(key=lambda request: self.decode_policy.key(request, None, now))
+        ready.sort(key=lambda request: self.decode_policy.key(request, request.program, now))
         return ready
 
     def count_steps(self, num: int) -> None:
@@ -238,7 +245,7 @@ class Scheduler:
     def _prefill_slices(self, budget: int, may_admit: bool, now: float) -> Iterator[Slice]:
         key = self.prefill_policy.key
         resident = [
-            (key(r, None, now), r)
+            (key(r, r.program, now), r)
             for r in self.running
             if r.phase is Phase.PREFILL and not r.in_flight
         ]
@@ -286,10 +293,13 @@ class Scheduler:
         if not self.tables.open(request, self._spare()):
             return False
         self.queue.pop()
+        request.waited_s, request.since_s = request.waiting_s(now), now
         request.status = Status.RUNNING
         if request.scheduled_s is None:
             request.scheduled_s = now
         self.running.append(request)
+        for policy in self.policies:
+            policy.on_admit(request, request.program, now)
         return True
 
     def _displace(self, now: float) -> None:
@@ -301,7 +311,7 @@ class Scheduler:
         victims = [r for r in self.running if not r.in_flight and outranks(waiting, r)]
         if not victims:
             return
-        victims.sort(key=lambda r: self.prefill_policy.key(r, None, now))
+        victims.sort(key=lambda r: self.prefill_policy.key(r, r.program, now))
         lacking = self.tables.lacking(waiting, self._spare())
         places = self.config.max_batch - len(self.running)
         chosen: list[Request] = []
@@ -319,7 +329,7 @@ class Scheduler:
             # Those already in this batch are in flight, so the victim is never one of them.
             victim = max(
                 (r for r in self.running if not r.in_flight),
-                key=lambda r: self.decode_policy.key(r, None, now),
+                key=lambda r: self.decode_policy.key(r, r.program, now),
             )
             self._preempt(victim, now)
             if victim is request:
@@ -331,6 +341,9 @@ class Scheduler:
         assert not request.in_flight, f"{request.id} is in flight"
         self.tables.close(request)
         request.phase = Phase.PREFILL
+        request.served_s, request.since_s = request.service_s(now), now
+        # It waits from now on, as far as policies and sums of time are concerned.
+        request.status = Status.WAITING
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.running.remove(request)
@@ -371,6 +384,7 @@ class Scheduler:
         """Raise AssertionError unless blocks, counters and states agree: for tests."""
         self.pool.check_integrity([request.block_ids for request in self.running])
         self.queue.check_integrity()
+        self.programs.check_integrity()
         assert len(self.running) <= self.config.max_batch, "more requests run than the batch allows"
         for request in self.running:
             finished = request.status is Status.FINISHED

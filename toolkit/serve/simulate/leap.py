@@ -102,7 +102,7 @@ class DecodeRun:
         self.took_s: list[float] = []
         self._now = executor.clock.now()
         self._served_s = 0.0
-        self._service_s = math.inf
+        self._service_s = self._most_steps = math.inf
         self._opened = False
         self._buckets: list[list[_Member]] = []
 
@@ -115,11 +115,18 @@ class DecodeRun:
         if any(request.end_ids or request.grammar is not None for request in requests):
             return None
         service_s = min(
-            (p.service_left_s(r) for p in scheduler.policies if p.hears_service for r in requests),
+            (p.service_left_s(each) for p in scheduler.policies for each in requests),
             default=math.inf,
         )
         # A sum of many steps may be off by a few last bits from the policy's own.
         self._service_s = service_s * (1 - 1e-9)
+        steps = min(
+            (p.steps_left(each) for p in scheduler.policies for each in requests),
+            default=math.inf,
+        )
+        if steps < _LEAST_STEPS:
+            return None
+        self._most_steps = steps
         members = [
             _Member(each, rank, each.num_computed, each.max_total_tokens - each.num_tokens)
             for rank, each in enumerate(requests)
@@ -162,7 +169,7 @@ class DecodeRun:
             if ended and self.ends_run:
                 break
         if self.ends_s:
-            for member in live:
+            for member in sorted(live, key=lambda member: member.rank):
                 self._settle(member, len(self.ends_s))
 
     def _goes_on(self, num: int, context: int) -> bool:
@@ -171,7 +178,7 @@ class DecodeRun:
             if self.join is None:
                 return False
             self.until_s = self.join(self._now)
-        if self._served_s >= self._service_s:
+        if self._served_s >= self._service_s or len(self.ends_s) >= self._most_steps:
             return False
         if not self.ends_s or self.rests(self._now):
             return True
@@ -195,6 +202,7 @@ class DecodeRun:
     def _count(self, found: Ahead, used: int, last: int) -> int:
         """Return how many steps may be taken before one ends or time is up; note their ends."""
         most = min(found.num - used, last - len(self.ends_s))
+        most = int(min(most, self._most_steps - len(self.ends_s)))
         times_s = found.times_s[used : used + most + 1].tolist()
         # A step begins where the one before ends.
         most = min(most, bisect_left(times_s, self.until_s))
@@ -267,7 +275,9 @@ class DecodeRun:
         request.last_token_s = self.ends_s[steps - 1]
         for policy in self.scheduler.policies:
             if policy.hears_service:
-                policy.on_services(request, None, self.took_s[:steps], self.ends_s[:steps])
+                policy.on_services(
+                    request, request.program, self.took_s[:steps], self.ends_s[:steps]
+                )
 
     def _finish(self, member: _Member) -> None:
         self._settle(member, member.last)
