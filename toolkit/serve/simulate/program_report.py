@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from toolkit.serve.bench.report import spread
@@ -22,9 +22,13 @@ def simulate(
     made: Iterable[AgentProgram],
     *,
     queues: QueueConfig | None = None,
+    on_done: Callable[[], None] = lambda: None,
     stepwise: bool = False,
 ) -> tuple[dict[str, Any], list[Finished]]:
-    """Serve programs on virtual time; return the run's figures (simulated) and every program's."""
+    """Serve programs on virtual time; return the run's figures (simulated) and every program's.
+
+    `on_done` is called per program; `stepwise` takes no steps together, to the same end.
+    """
     clock, done = VirtualClock(), list[Finished]()
     # The policy asks the driver, which drives the engine, which holds the policy.
     drivers: list[ProgramDriver] = []
@@ -33,10 +37,14 @@ def simulate(
         return drivers[0].remaining(call)
 
     engine = system.build(setup, clock, remaining, queues or QueueConfig())
-    drivers.append(ProgramDriver(engine, clock, made, on_done=done.append))
+
+    def over(one: Finished) -> None:
+        done.append(one)
+        on_done()
+
+    drivers.append(ProgramDriver(engine, clock, made, on_done=over))
     drivers[0].run(stepwise=stepwise)
     scheduler = engine.scheduler
-    scheduler.check_integrity()
     policy = scheduler.prefill_policy
     found = figures(done) | {
         "source": "simulated",
