@@ -154,13 +154,7 @@ class BlockPool:
 
     def match(self, names: Iterable[bytes]) -> list[int]:
         """Return the blocks of the longest run of `names` from the first on that is cached."""
-        found = []
-        for name in names:
-            block = self._index.find(name)
-            if block is None:
-                break
-            found.append(block)
-        return found
+        return self._index.run(names)
 
     def num_idle(self, blocks: Iterable[int]) -> int:
         """Return how many of `blocks` have no owner, and so count as free until taken."""
@@ -172,11 +166,13 @@ class BlockPool:
 
     def take(self, blocks: Iterable[int]) -> None:
         """Add an owner to blocks that `match` has found."""
+        references, states, index = self._references, self._states, self._index
         for block in blocks:
-            if self._index.is_idle(block):
-                self._index.wake(block)
-                self._states[block] = BlockState.READY
-            self.share(block)
+            if index.is_idle(block):
+                index.wake(block)
+                states[block] = BlockState.READY
+            assert states[block] is BlockState.READY, f"block {block} is {states[block]}"
+            references[block] += 1
 
     def publish(self, block: int, name: bytes, parent: bytes) -> int:
         """Let a full READY block be found by `name`; return the block that has the name now.

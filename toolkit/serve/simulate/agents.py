@@ -137,7 +137,7 @@ def _lats(source: random.Random, at_s: float) -> AgentProgram:
             nodes.append((expand, depth + 1))
             scored.append(expand + 1)
         joined = tuple(scored)
-    return AgentProgram(at_s, "lats", 240, tuple(calls))
+    return AgentProgram(at_s, "lats", 150, tuple(calls))
 
 
 _KINDS: Mapping[str, Callable[[random.Random, float], AgentProgram]] = {
