@@ -208,7 +208,7 @@ class DecodeRun:
         most = min(most, bisect_left(times_s, self.until_s))
         service_s = self._service_s - self._served_s + times_s[0]
         most = min(most, bisect_left(times_s, service_s))
-        if not self.rests(times_s[most - 1]):
+        if most and not self.rests(times_s[most - 1]):
             rested = bisect_left(times_s, True, hi=most, key=lambda at_s: not self.rests(at_s))
             most = max(1, rested)
         self.ends_s += times_s[1 : most + 1]
