@@ -31,17 +31,18 @@ from split_cases import cost_model
 COST = cost_model()
 # Little memory, so that programs wait for one another.
 SETUP = Setup(
-    COST, max_context=12_000, max_batch=16, kv_bytes=24_000 * COST.model.kv_bytes_per_token
+    COST, max_context=24_000, max_batch=16, kv_bytes=24_000 * COST.model.kv_bytes_per_token
 )
 
 
 @pytest.mark.parametrize("name", PROGRAM_SYSTEMS)
 @pytest.mark.parametrize("workload", ["sharegpt", "lats"])
 def test_every_program_is_served_the_same_by_leaps_and_steps(name: str, workload: str) -> None:
-    made = list(agents.programs(workload, 2.0, 6 if workload == "sharegpt" else 2, seed=1))
+    made = list(agents.programs(workload, 2.0, 6 if workload == "sharegpt" else 1, seed=1))
     system = program_systems.find(name)
-    figures, done = simulate(system, SETUP, made)
-    again, same = simulate(system, SETUP, made, stepwise=True)
+    setup = dataclasses.replace(SETUP, max_batch=3)
+    figures, done = simulate(system, setup, made)
+    again, same = simulate(system, setup, made, stepwise=True)
     assert figures == again
     assert done == same
     assert sorted(one.num_calls for one in done) == sorted(len(one.calls) for one in made)
@@ -100,8 +101,8 @@ class TestPaper:
 
     @pytest.fixture(scope="class")
     def runs(self) -> dict[str, list[Finished]]:
-        made = list(agents.programs("agents", 1.5, 24, seed=2))
-        setup = dataclasses.replace(SETUP, max_batch=32)
+        made = list(agents.programs("agents", 6.0, 20, seed=2))
+        setup = dataclasses.replace(SETUP, max_batch=8)
         return {
             name: simulate(program_systems.find(name), setup, made)[1] for name in PROGRAM_SYSTEMS
         }
