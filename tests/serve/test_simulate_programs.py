@@ -190,7 +190,8 @@ def test_a_rate_is_found_between_two() -> None:
 def test_starving_programs_are_promoted() -> None:
     made = list(agents.programs("agents", 3.0, 12, seed=4))
     queues = QueueConfig(beta=1.0, max_wait_s=2.0)
-    figures, _ = simulate(program_systems.find("plas"), SETUP, made, queues=queues)
+    setup = dataclasses.replace(SETUP, max_batch=4)
+    figures, _ = simulate(program_systems.find("plas"), setup, made, queues=queues)
     assert figures["num_promotions"] > 0
 
 
