@@ -47,3 +47,9 @@ class VirtualClock:
         if seconds < 0:
             raise ValueError(f"cannot advance a clock by {seconds} s")
         self._now_s += seconds
+
+    def move_to(self, now_s: float) -> None:
+        """Move forward to `now_s`. Raises ValueError when that has passed."""
+        if now_s < self._now_s:
+            raise ValueError(f"cannot set a clock at {self._now_s} s back to {now_s} s")
+        self._now_s = now_s

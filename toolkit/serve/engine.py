@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from toolkit.serve.batch import Batch, Score, StepResult
 from toolkit.serve.clock import Clock
@@ -32,8 +32,7 @@ class TextStream(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """One step's news of one request; `index` and `gap_s` as in the scheduler's Token.
 
     `prompt_scores` come with the first token, one for every prompt token but the first, and so does
@@ -42,7 +41,7 @@ class Output:
 
     request: Request
     token_id: int
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's `index` is of no use here
     gap_s: float
     text: str
     finish_reason: FinishReason | None
@@ -185,10 +184,11 @@ class Engine:
         outputs = []
         for token in drawn:
             request, reason, text = token.request, token.finish_reason, ""
-            detail = result.details.get(request.id)
-            prompt_scores = tuple(self._scores.pop(request.id, ()))
-            hidden_sum = self._hidden_sums.pop(request.id, ())
-            stream = self._streams.get(request.id)
+            # Most steps have none of these, and this is done for every token.
+            detail = result.details.get(request.id) if result.details else None
+            prompt_scores = tuple(self._scores.pop(request.id, ())) if self._scores else ()
+            hidden_sum = self._hidden_sums.pop(request.id, ()) if self._hidden_sums else ()
+            stream = self._streams.get(request.id) if self._streams else None
             if stream is not None:
                 # The token that stops a request is not part of its text.
                 if reason is not FinishReason.STOP:
@@ -202,9 +202,11 @@ class Engine:
             outputs.append(
                 Output(
                     *(request, token.token_id, token.index, token.gap_s, text, reason),
-                    score=detail.score if detail else None,
-                    prompt_scores=prompt_scores,
-                    hidden_mean=tuple(value / len(request.prompt_ids) for value in hidden_sum),
+                    detail.score if detail else None,
+                    prompt_scores,
+                    tuple(value / len(request.prompt_ids) for value in hidden_sum)
+                    if hidden_sum
+                    else (),
                 )
             )
         prefilled = sum(piece.num_tokens for piece in batch.of(Phase.PREFILL))

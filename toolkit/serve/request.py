@@ -5,9 +5,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from toolkit.errors import UsageError
 from toolkit.serve.structured import Grammar, Structured
+
+if TYPE_CHECKING:
+    from toolkit.serve.programs.table import Program
 
 # As in vLLM, and OpenAI's chat.
 _MAX_LOGPROBS = 20
@@ -24,6 +28,10 @@ class Phase(enum.Enum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+
+    # Members are singletons; Enum's own hash is a function in Python, and phases are looked up at
+    # every step.
+    __hash__ = object.__hash__
 
 
 class Status(enum.Enum):
@@ -147,6 +155,7 @@ class Request:
     sampling: SamplingParams
     arrival_s: float = 0.0
     program_id: str | None = None
+    thread_id: str | None = None
     priority: int = 0
     cache_salt: str = ""
     grammar: Grammar | None = None
@@ -171,6 +180,13 @@ class Request:
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
 
+    # Its program's entry in the process table; since when it has waited or run, and how long it
+    # did either before.
+    program: Program | None = None
+    since_s: float = 0.0
+    waited_s: float = 0.0
+    served_s: float = 0.0
+
     scheduled_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
@@ -185,6 +201,16 @@ class Request:
     def num_pending(self) -> int:
         """Tokens known and not yet computed: the prompt's rest, or 1 while decoding."""
         return self.num_tokens - self.num_computed
+
+    def service_s(self, now: float) -> float:
+        """Return for how long it has held a place in the batch, all together."""
+        running = now - self.since_s if self.status is Status.RUNNING else 0.0
+        return self.served_s + running
+
+    def waiting_s(self, now: float) -> float:
+        """Return for how long it has waited, all together."""
+        waiting = now - self.since_s if self.status is Status.WAITING else 0.0
+        return self.waited_s + waiting
 
     def tokens(self, start: int, end: int) -> Sequence[int]:
         """Return the token ids at positions [start, end) of prompt and output together.

@@ -8,56 +8,22 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from toolkit.errors import UsageError
 from toolkit.serve.batch import Batch, Slice
 from toolkit.serve.kv.blocks import BlockPool
 from toolkit.serve.kv.tables import BlockTables
+from toolkit.serve.limits import SchedulerConfig
 from toolkit.serve.policy.base import Policy
+from toolkit.serve.programs.table import ProcessTable
 from toolkit.serve.queue import WaitingQueue
 from toolkit.serve.request import FinishReason, Phase, Request, Status, TooLongError
 
 BOTH = (Phase.DECODE, Phase.PREFILL)
 
 
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """Limits of the scheduler.
-
-    `max_batch` requests hold blocks at once; a step computes at most `step_tokens`, of which
-    decoding requests take one each and prefill chunks the rest (chunked prefill, as in
-    Sarathi-Serve). `max_context` bounds prompt and output together. `prefix_cache` shares the
-    blocks of equal contexts across requests. `max_queue` and `max_queue_tokens` cap what waits
-    (None: no cap). `eos_ids` end a request.
-    """
-
-    max_batch: int = 32
-    step_tokens: int = 256
-    max_context: int = 2048
-    prefix_cache: bool = True
-    max_queue: int | None = None
-    max_queue_tokens: int | None = None
-    eos_ids: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        if self.max_batch < 1:
-            raise UsageError(
-                f"a batch of {self.max_batch} requests is none", remedy="use 1 or more"
-            )
-        if self.step_tokens <= self.max_batch:
-            raise UsageError(
-                f"{self.step_tokens} tokens a step leave nothing for prefill beside "
-                f"{self.max_batch} decoding requests",
-                remedy="raise the tokens a step, or lower the batch",
-            )
-        for what, cap in (("requests", self.max_queue), ("tokens", self.max_queue_tokens)):
-            if cap is not None and cap < 1:
-                raise UsageError(f"a queue of {cap} {what} lets nobody in", remedy="use 1 or more")
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """A token drawn for a request, and whether the request ended with it.
 
     `index` counts the request's outputs from 0; `gap_s` is the time since the one before, for the
@@ -66,7 +32,7 @@ class Token:
 
     request: Request
     token_id: int
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's `index` is of no use here
     gap_s: float
     finish_reason: FinishReason | None
 
@@ -80,6 +46,7 @@ class Scheduler:
         pool: BlockPool,
         prefill_policy: Policy,
         decode_policy: Policy,
+        programs: ProcessTable | None = None,
     ) -> None:
         if pool.capacity_tokens < config.max_context:
             # A lone request must always fit: then preemption always lets somebody finish.
@@ -93,6 +60,7 @@ class Scheduler:
         self.tables = BlockTables(pool, prefix_cache=config.prefix_cache)
         self.prefill_policy = prefill_policy
         self.decode_policy = decode_policy
+        self.programs = ProcessTable() if programs is None else programs
         self.running: list[Request] = []
         self.num_preemptions = 0
         self.num_finished = dict.fromkeys(FinishReason, 0)
@@ -100,7 +68,7 @@ class Scheduler:
             prefill_policy, max_requests=config.max_queue, max_tokens=config.max_queue_tokens
         )
         self._arrivals = 0
-        self._step = 0
+        self.num_steps = 0
         self._ranked_version = pool.version
 
     def successor(self) -> Scheduler:
@@ -108,9 +76,8 @@ class Scheduler:
         pool = BlockPool(self.pool.num_blocks, self.pool.block_size)
         prefill = self.prefill_policy.fresh()
         shared = self.decode_policy is self.prefill_policy
-        return Scheduler(
-            self.config, pool, prefill, prefill if shared else self.decode_policy.fresh()
-        )
+        decode = prefill if shared else self.decode_policy.fresh()
+        return Scheduler(self.config, pool, prefill, decode, self.programs.fresh())
 
     # -- what is there -------------------------------------------------------------------------
 
@@ -146,8 +113,10 @@ class Scheduler:
         eos_ids = frozenset() if request.sampling.ignore_eos else self.config.eos_ids
         request.end_ids = request.sampling.stop_token_ids | eos_ids
         request.arrival_seq, self._arrivals = self._arrivals, self._arrivals + 1
-        for policy in self._policies():
-            policy.on_arrival(request, None, now)
+        request.since_s = now
+        request.program = self.programs.on_arrival(request, now)
+        for policy in self.policies:
+            policy.on_arrival(request, request.program, now)
         self._wait(request, now)
 
     def finish(self, request: Request, reason: FinishReason, now: float) -> None:
@@ -159,12 +128,15 @@ class Scheduler:
             return
         if request.status is Status.WAITING:
             self.queue.discard(request)
+        request.waited_s, request.served_s = request.waiting_s(now), request.service_s(now)
         request.status = Status.FINISHED
         request.finish_reason = reason
         request.finished_s = now
         self.num_finished[reason] += 1
-        for policy in self._policies():
-            policy.on_complete(request, None, now)
+        # The program first: what policies do may depend on what it has now been given.
+        self.programs.on_complete(request, now)
+        for policy in self.policies:
+            policy.on_complete(request, request.program, now)
         if not request.in_flight:
             self._release(request)
 
@@ -193,14 +165,15 @@ class Scheduler:
             if slices and beside_tokens is not None:
                 budget = min(budget, beside_tokens)
             slices += self._prefill_slices(budget, may_admit, now)
-        self._step += 1
-        return Batch(self._step, tuple(slices))
+        self.num_steps += 1
+        return Batch(self.num_steps, tuple(slices))
 
     def update(
         self, batch: Batch, token_ids: Sequence[int | None], now: float, seconds: float = 0.0
     ) -> list[Token]:
         """Take in a step's results, `seconds` after it began; return the tokens drawn."""
         drawn: list[Token] = []
+        listening = [policy for policy in self.policies if policy.hears_service]
         for piece, token_id in zip(batch.slices, token_ids, strict=True):
             request = piece.request
             request.in_flight = False
@@ -208,9 +181,10 @@ class Scheduler:
                 self._release(request)
                 continue
             self.tables.advance(request, piece.end)
-            for policy in self._policies():
-                policy.on_service(request, None, seconds, piece.num_tokens, now)
-            if request.num_pending:
+            for policy in listening:
+                policy.on_service(request, request.program, seconds, piece.num_tokens, now)
+            known = request.num_tokens
+            if piece.end < known:
                 continue
             assert token_id is not None, f"no token drawn for {request.id}"
             if request.phase is Phase.PREFILL:
@@ -222,10 +196,10 @@ class Scheduler:
             request.last_token_s = now
             if request.first_token_s is None:
                 request.first_token_s = now
-            reason = self._ending(request, token_id)
+            reason = self._ending(request, token_id, known + 1)
             if reason is not None:
                 self.finish(request, reason, now)
-            index = len(request.output_ids) - 1
+            index = known - len(request.prompt_ids)
             drawn.append(Token(request, token_id, index, now - before_s, reason))
         return drawn
 
@@ -236,9 +210,40 @@ class Scheduler:
             if piece.request.status is Status.FINISHED:
                 self._release(piece.request)
 
-    def _decode_slices(self, now: float) -> Iterator[Slice]:
+    # -- many steps at once ----------------------------------------------------------------------
+
+    def only_decodes(self, now: float) -> bool:
+        """Return whether the step at `now` can hold decoding requests alone.
+
+        It stays so until a request comes or ends, or until a key changes.
+        """
+        if any(request.phase is Phase.PREFILL for request in self.running):
+            return False
+        if not self.queue.num_requests:
+            return True
+        policy = self.prefill_policy
+        if policy.ranks_cached and self.config.prefix_cache:
+            return False
+        self._rank(now)
+        head = self.queue.head()
+        assert head is not None
+        if policy.preempts and any(policy.outranks(head[1], each) for each in self.running):
+            return False
+        full = len(self.running) >= self.config.max_batch
+        return full or self.tables.lacking(head[1], self._spare()) > 0
+
+    def decoding(self, now: float) -> list[Request]:
+        """Return the requests whose next token a step at `now` may compute, in their order."""
         ready = [r for r in self.running if r.phase is Phase.DECODE and not r.in_flight]
-        ready.sort(key=lambda request: self.decode_policy.key(request, None, now))
+        ready.sort(key=lambda request: self.decode_policy.key(request, request.program, now))
+        return ready
+
+    def count_steps(self, num: int) -> None:
+        """Number the next step as if `num` more had been scheduled."""
+        self.num_steps += num
+
+    def _decode_slices(self, now: float) -> Iterator[Slice]:
+        ready = self.decoding(now)
         for request in ready[: self.config.step_tokens]:
             if request.status is Status.RUNNING and self._make_room(request, now):
                 yield self._fly(request, 1)
@@ -246,7 +251,7 @@ class Scheduler:
     def _prefill_slices(self, budget: int, may_admit: bool, now: float) -> Iterator[Slice]:
         key = self.prefill_policy.key
         resident = [
-            (key(r, None, now), r)
+            (key(r, r.program, now), r)
             for r in self.running
             if r.phase is Phase.PREFILL and not r.in_flight
         ]
@@ -269,12 +274,13 @@ class Scheduler:
 
     def _fly(self, request: Request, count: int) -> Slice:
         request.in_flight = True
-        return Slice(request, request.phase, request.num_computed, request.num_computed + count)
+        start = request.num_computed
+        return Slice(request, request.phase, start, start + count)
 
-    def _ending(self, request: Request, token_id: int) -> FinishReason | None:
+    def _ending(self, request: Request, token_id: int, num_tokens: int) -> FinishReason | None:
         if token_id in request.end_ids or (request.grammar and request.grammar.ended):
             return FinishReason.STOP
-        if request.num_tokens >= request.max_total_tokens:
+        if num_tokens >= request.max_total_tokens:
             return FinishReason.LENGTH
         return None
 
@@ -293,10 +299,13 @@ class Scheduler:
         if not self.tables.open(request, self._spare()):
             return False
         self.queue.pop()
+        request.waited_s, request.since_s = request.waiting_s(now), now
         request.status = Status.RUNNING
         if request.scheduled_s is None:
             request.scheduled_s = now
         self.running.append(request)
+        for policy in self.policies:
+            policy.on_admit(request, request.program, now)
         return True
 
     def _displace(self, now: float) -> None:
@@ -308,7 +317,7 @@ class Scheduler:
         victims = [r for r in self.running if not r.in_flight and outranks(waiting, r)]
         if not victims:
             return
-        victims.sort(key=lambda r: self.prefill_policy.key(r, None, now))
+        victims.sort(key=lambda r: self.prefill_policy.key(r, r.program, now))
         lacking = self.tables.lacking(waiting, self._spare())
         places = self.config.max_batch - len(self.running)
         chosen: list[Request] = []
@@ -326,7 +335,7 @@ class Scheduler:
             # Those already in this batch are in flight, so the victim is never one of them.
             victim = max(
                 (r for r in self.running if not r.in_flight),
-                key=lambda r: self.decode_policy.key(r, None, now),
+                key=lambda r: self.decode_policy.key(r, r.program, now),
             )
             self._preempt(victim, now)
             if victim is request:
@@ -338,10 +347,13 @@ class Scheduler:
         assert not request.in_flight, f"{request.id} is in flight"
         self.tables.close(request)
         request.phase = Phase.PREFILL
+        request.served_s, request.since_s = request.service_s(now), now
+        # It waits from now on, as far as policies and sums of time are concerned.
+        request.status = Status.WAITING
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.running.remove(request)
-        for policy in self._policies():
+        for policy in self.policies:
             policy.on_preempt(request, now)
         self._wait(request, now)
 
@@ -364,7 +376,9 @@ class Scheduler:
             self.tables.close(request)
             self.running.remove(request)
 
-    def _policies(self) -> tuple[Policy, ...]:
+    @property
+    def policies(self) -> tuple[Policy, ...]:
+        """Those that hear what happens, each once."""
         # One object in both slots hears each event once.
         if self.prefill_policy is self.decode_policy:
             return (self.prefill_policy,)
@@ -376,9 +390,13 @@ class Scheduler:
         """Raise AssertionError unless blocks, counters and states agree: for tests."""
         self.pool.check_integrity([request.block_ids for request in self.running])
         self.queue.check_integrity()
+        self.programs.check_integrity()
         assert len(self.running) <= self.config.max_batch, "more requests run than the batch allows"
         for request in self.running:
             finished = request.status is Status.FINISHED
             assert not finished or request.in_flight, f"{request.id} has ended and holds blocks"
             enough = self.pool.blocks_for(request.num_computed)
             assert len(request.block_ids) >= enough, f"{request.id} computed more than it holds"
+
+
+__all__ = ["BOTH", "Scheduler", "SchedulerConfig", "Token"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from toolkit.cli import view
+from toolkit.cli.serve import simulate_programs
 from toolkit.cli.serve.bench import parse_rates, shown
 from toolkit.cli.trace import Dtype, traced
 from toolkit.errors import UsageError, require
@@ -18,8 +19,10 @@ from toolkit.units import format_bytes, format_seconds, parse_bytes, parse_secon
 if TYPE_CHECKING:
     from toolkit.serve.bench.load import Arrival
     from toolkit.serve.simulate.systems import Setup
+    from toolkit.serve.split.cost_model import CostModel
 
 _SYSTEMS = "chunked,chunked-spf,split-spf,auto"
+_PROGRAM_HELP = "Agents' programs instead: sharegpt, bfcl, lats, agents, or a file of programs."
 
 
 def simulate(
@@ -30,8 +33,16 @@ def simulate(
         int, typer.Option(help="Devices that share the model, tensor-parallel.")
     ] = 1,
     system: Annotated[
-        str, typer.Option(help="Which systems, by comma; all for every one of them.")
-    ] = _SYSTEMS,
+        str | None,
+        typer.Option(
+            help=f"Which systems, by comma; all for every one of them. Default {_SYSTEMS}, "
+            "with --programs all."
+        ),
+    ] = None,
+    programs: Annotated[str | None, typer.Option(help=_PROGRAM_HELP)] = None,
+    save_programs: Annotated[
+        Path | None, typer.Option(help="Write the programs of the one rate as a file.")
+    ] = None,
     workload: Annotated[
         str,
         typer.Option(
@@ -39,9 +50,10 @@ def simulate(
         ),
     ] = "mixed",
     rate: Annotated[
-        str, typer.Option(help="Requests a second; several by comma; inf: all at once.")
+        str,
+        typer.Option(help="Requests or programs a second; several by comma; inf: all at once."),
     ] = "1",
-    num: Annotated[int, typer.Option(help="Requests sent at each rate.")] = 200,
+    num: Annotated[int, typer.Option(help="Requests or programs sent at each rate.")] = 200,
     cv: Annotated[float, typer.Option(help="Burstiness: 1 is Poisson, more comes in bursts.")] = 1,
     trace: Annotated[
         Path | None, typer.Option(help="A trace instead: JSON lines or Azure's CSV.", exists=True)
@@ -80,6 +92,9 @@ def simulate(
     picture: Annotated[
         Path | None, typer.Option(help="Draw latency against rate, e.g. rates.png.")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write curves and tables of the sweep as one HTML page.")
+    ] = None,
     timeline: Annotated[
         Path | None, typer.Option(help="Write one run's timeline (one system, one rate).")
     ] = None,
@@ -92,41 +107,20 @@ def simulate(
     those they name, in scheduling; kernels and memory are the same for all.
 
     Example: toolkit serve simulate qwen2.5-3b --device l20 --workload long --rate 1,2 --num 100
+
+    Agents: toolkit serve simulate llama3-8b --device a100-80g --programs agents --rate 0.5,1
     """
     from toolkit.hardware import find_cluster, find_device
     from toolkit.serve.simulate import systems
     from toolkit.serve.simulate import workload as workloads
 
-    names = list(systems.SYSTEMS) if system == "all" else system.split(",")
-    chosen = [systems.find(name) for name in names]
     rates = parse_rates(rate)
-    if timeline is not None and (len(chosen) > 1 or len(rates) > 1):
-        raise UsageError(
-            f"a timeline is of one run, not of {len(chosen)} systems at {len(rates)} rates",
-            remedy="name one system and one rate",
-        )
-    if picture is not None:
-        require("matplotlib.figure", extra="plots")
-    from toolkit.serve.bench import load, report
-
-    if trace is not None:
-        found = load.trace(trace, num=num, speed=speed, max_tokens=max_tokens)
-        plans = {round(len(found) / max(found[-1].at_s, 1e-9), 3): found}
-    else:
-        kind = workloads.find(workload)
-        plans = {each: kind.arrivals(each, num, seed=seed, cv=cv) for each in rates}
-    promise = report.Promise(
-        None if slo_ttft is None else parse_seconds(slo_ttft),
-        None if slo_tpot is None else parse_seconds(slo_tpot),
-    )
-    longest = max(one.prompt_tokens + one.output_tokens for each in plans.values() for one in each)
-    from toolkit.serve.split.calibration import ServeCalibration
-    from toolkit.serve.split.controller import ControllerConfig
-    from toolkit.serve.split.cost_model import CostModel
-    from toolkit.serve.split.sharded import sharded
-    from toolkit.serve.split.traced import model_work
-
+    cluster = find_cluster(f"{device}x{devices}") if devices > 1 else None
+    place = cluster.device(0) if cluster else find_device(device)
+    kept = None
     if calibration is not None:
+        from toolkit.serve.split.calibration import ServeCalibration
+
         kept = ServeCalibration.load(calibration)
         if kept.work.name != model or devices > 1:
             raise UsageError(
@@ -134,28 +128,81 @@ def simulate(
                 f"on {devices}",
                 remedy="simulate that model, or leave the calibration out",
             )
-        cost = kept.cost_model(mixed_factor=mixed_factor)
-    else:
-        cluster = find_cluster(f"{device}x{devices}") if devices > 1 else None
-        place = cluster.device(0) if cluster else find_device(device)
+        place = kept.cost_model().device
+
+    def priced() -> CostModel:
+        if kept is not None:
+            return kept.cost_model(mixed_factor=mixed_factor)
         graph = traced(model, {}, dtype=dtype, inference=True, quiet=as_json)
+        from toolkit.serve.split.cost_model import CostModel
+        from toolkit.serve.split.sharded import sharded
+        from toolkit.serve.split.traced import model_work
+
         work, exchange = model_work(graph), None
         if cluster is not None:
             work, exchange = sharded(work, cluster)
-        cost = CostModel(work, place, exchange=exchange, mixed_factor=mixed_factor)
-    place = cost.device
-    setup = systems.Setup(
-        cost,
-        max_context=longest + 1,
-        kv_bytes=None if kv_memory is None else parse_bytes(kv_memory),
-        max_batch=max_batch,
-        step_tokens=step_tokens,
-        prefill_part=prefill_part,
-        controller=ControllerConfig(
-            tbt_target_s=None if tbt_target is None else parse_seconds(tbt_target)
-        ),
-        noise=noise,
-        seed=seed,
+        return CostModel(work, place, exchange=exchange, mixed_factor=mixed_factor)
+
+    def setup_for(longest: int) -> Setup:
+        from toolkit.serve.split.controller import ControllerConfig
+
+        target_s = None if tbt_target is None else parse_seconds(tbt_target)
+        return systems.Setup(
+            priced(),
+            max_context=longest + 1,
+            kv_bytes=None if kv_memory is None else parse_bytes(kv_memory),
+            max_batch=max_batch,
+            step_tokens=step_tokens,
+            prefill_part=prefill_part,
+            controller=ControllerConfig(tbt_target_s=target_s),
+            noise=noise,
+            seed=seed,
+        )
+
+    common = {
+        "model": model, "device": place.name, "num_devices": devices, "dtype": dtype, "seed": seed,
+        "source": "simulated",
+    }  # fmt: skip
+    if programs is not None:
+        given = (("timeline", timeline), ("picture", picture), ("report", report), ("trace", trace))
+        for name, value in given:
+            if value is not None:
+                raise UsageError(f"--{name} is of requests, and --programs are none")
+        names = simulate_programs.ALL if system in (None, "all") else system
+        assert names is not None
+        made = simulate_programs.plans(programs, rates, num, seed=seed, save=save_programs)
+        setup = setup_for(simulate_programs.longest(made))
+        served = simulate_programs.run(made, names.split(","), setup, quiet=as_json)
+        kv_tokens = setup.num_blocks * setup.block_size
+        body = common | {"workload": programs, "kv_tokens": kv_tokens, "runs": served}
+        view.emit(body, as_json=as_json, render=lambda: simulate_programs.table(body))
+        return
+    if save_programs is not None:
+        raise UsageError("there are no programs to save", remedy="name some with --programs")
+    names = ",".join(systems.SYSTEMS) if system == "all" else system or _SYSTEMS
+    chosen = [systems.find(name) for name in names.split(",")]
+    if timeline is not None and (len(chosen) > 1 or len(rates) > 1):
+        raise UsageError(
+            f"a timeline is of one run, not of {len(chosen)} systems at {len(rates)} rates",
+            remedy="name one system and one rate",
+        )
+    if picture is not None:
+        require("matplotlib.figure", extra="plots")
+    from toolkit.serve.bench import load
+    from toolkit.serve.bench.report import Promise
+
+    if trace is not None:
+        found = load.trace(trace, num=num, speed=speed, max_tokens=max_tokens)
+        plans = {round(len(found) / max(found[-1].at_s, 1e-9), 3): found}
+    else:
+        kind = workloads.find(workload)
+        plans = {each: kind.arrivals(each, num, seed=seed, cv=cv) for each in rates}
+    promise = Promise(
+        None if slo_ttft is None else parse_seconds(slo_ttft),
+        None if slo_tpot is None else parse_seconds(slo_tpot),
+    )
+    setup = setup_for(
+        max(one.prompt_tokens + one.output_tokens for each in plans.values() for one in each)
     )
     runs: list[dict[str, Any]] = []
     with view.progress(quiet=as_json) as bar:
@@ -177,17 +224,15 @@ def simulate(
         from toolkit.serve.simulate.report import draw
 
         draw(runs, picture, f"{model} on {place.name}, {trace or workload}")
-    body = {
-        "model": model,
-        "device": place.name,
-        "num_devices": devices,
+    body = common | {
         "workload": str(trace) if trace else workload,
-        "dtype": dtype,
-        "seed": seed,
         "kv_tokens": setup.num_blocks * setup.block_size,
-        "source": "simulated",
         "runs": runs,
     }
+    if report is not None:
+        from toolkit.serve.simulate import page
+
+        page.write(body, report)
     view.emit(body, as_json=as_json, render=lambda: _shown(body, setup))
 
 
@@ -205,7 +250,9 @@ def _run(
 
     clock, began_s = VirtualClock(), time.perf_counter()
     engine = system.build(setup, clock)
-    samples = drive(engine, clock, arrivals, on_done=on_done)
+    # A timeline shows every step; without one, many alike are taken at once.
+    stepwise = timeline is not None
+    samples = drive(engine, clock, arrivals, on_done=on_done, stepwise=stepwise)
     took_s = time.perf_counter() - began_s
     if timeline is not None:
         from toolkit.timeline import files

@@ -28,6 +28,7 @@ class BlockState(enum.Enum):
 
 
 _WRITING = {Phase.PREFILL: BlockState.PREFILL, Phase.DECODE: BlockState.DECODE}
+_WRITTEN = tuple(_WRITING.values())
 
 
 class BlockPool:
@@ -97,11 +98,15 @@ class BlockPool:
         The caller has checked `num_free`.
         """
         assert count <= self.num_free, f"{count} blocks wanted, {self.num_free} free"
-        taken = [self._free.pop() if self._free else self._evict() for _ in range(count)]
+        free, references, states = self._free, self._references, self._states
+        state = _WRITING[phase]
+        taken = free[: -count - 1 : -1] if count else []
+        del free[len(free) - len(taken) :]
+        taken += [self._evict() for _ in range(count - len(taken))]
         for block in taken:
-            assert self._references[block] == 0, f"block {block} was free and referenced"
-            self._references[block] = 1
-            self._states[block] = _WRITING[phase]
+            assert references[block] == 0, f"block {block} was free and referenced"
+            references[block] = 1
+            states[block] = state
         return taken
 
     def begin_write(self, block: int, phase: Phase) -> None:
@@ -113,8 +118,15 @@ class BlockPool:
 
     def end_write(self, block: int) -> None:
         """Publish a block: whatever was written is complete and may be read by anyone."""
-        assert self._states[block] in _WRITING.values(), f"block {block} has no writer"
+        assert self._states[block] in _WRITTEN, f"block {block} has no writer"
         self._states[block] = BlockState.READY
+
+    def end_writes(self, blocks: Iterable[int]) -> None:
+        """As `end_write`, of each."""
+        states = self._states
+        for block in blocks:
+            assert states[block] in _WRITTEN, f"block {block} has no writer"
+            states[block] = BlockState.READY
 
     def share(self, block: int) -> None:
         """Add an owner to a READY block."""
@@ -123,29 +135,26 @@ class BlockPool:
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one owner of each block, the last first; without owners it is cached, or free."""
+        references, states, index, free = self._references, self._states, self._index, self._free
+        named = len(index)
         for block in reversed(blocks):
-            assert self._references[block] > 0, f"block {block} is freed twice"
-            self._references[block] -= 1
-            if self._references[block]:
+            left = references[block] - 1
+            assert left >= 0, f"block {block} is freed twice"
+            references[block] = left
+            if left:
                 continue
-            if self._index.holds(block):
-                self._states[block] = BlockState.CACHED
-                self._index.rest(block)
+            if named and index.holds(block):
+                states[block] = BlockState.CACHED
+                index.rest(block)
             else:
-                self._states[block] = BlockState.FREE
-                self._free.append(block)
+                states[block] = BlockState.FREE
+                free.append(block)
 
     # -- the prefix cache ------------------------------------------------------------------------
 
     def match(self, names: Iterable[bytes]) -> list[int]:
         """Return the blocks of the longest run of `names` from the first on that is cached."""
-        found = []
-        for name in names:
-            block = self._index.find(name)
-            if block is None:
-                break
-            found.append(block)
-        return found
+        return self._index.run(names)
 
     def num_idle(self, blocks: Iterable[int]) -> int:
         """Return how many of `blocks` have no owner, and so count as free until taken."""
@@ -157,11 +166,13 @@ class BlockPool:
 
     def take(self, blocks: Iterable[int]) -> None:
         """Add an owner to blocks that `match` has found."""
+        references, states, index = self._references, self._states, self._index
         for block in blocks:
-            if self._index.is_idle(block):
-                self._index.wake(block)
-                self._states[block] = BlockState.READY
-            self.share(block)
+            if index.is_idle(block):
+                index.wake(block)
+                states[block] = BlockState.READY
+            assert states[block] is BlockState.READY, f"block {block} is {states[block]}"
+            references[block] += 1
 
     def publish(self, block: int, name: bytes, parent: bytes) -> int:
         """Let a full READY block be found by `name`; return the block that has the name now.

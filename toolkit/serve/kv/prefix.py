@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 # Wide enough that nobody can make two contexts meet: a wrong hit would leak another's text.
@@ -55,6 +55,16 @@ class PrefixIndex:
     def find(self, wanted: bytes) -> int | None:
         """Return the block of that name, or None."""
         return self._block_of.get(wanted)
+
+    def run(self, names: Iterable[bytes]) -> list[int]:
+        """Return the blocks of the longest run of `names` from the first on."""
+        found, get = [], self._block_of.get
+        for each in names:
+            block = get(each)
+            if block is None:
+                break
+            found.append(block)
+        return found
 
     def holds(self, block: int) -> bool:
         """Return whether `block` has a name."""

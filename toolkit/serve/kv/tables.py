@@ -85,14 +85,18 @@ class BlockTables:
         pool, size = self.pool, self.pool.block_size
         first, last = request.num_computed // size, end // size
         request.num_computed = end
+        if first == last and request.phase is Phase.DECODE:
+            return
+        if not self.prefix_cache:
+            pool.end_writes(request.block_ids[first:last])
+            first = last
         for index in range(first, last):
             block = request.block_ids[index]
             pool.end_write(block)
-            if self.prefix_cache:
-                self._name(request, last)
-                names = request.block_names
-                parent = names[index - 1] if index else prefix.root(request.cache_salt)
-                request.block_ids[index] = pool.publish(block, names[index], parent)
+            self._name(request, last)
+            names = request.block_names
+            parent = names[index - 1] if index else prefix.root(request.cache_salt)
+            request.block_ids[index] = pool.publish(block, names[index], parent)
         # The prompt's last block is handed over half full; the first decoded token reopens it.
         if request.phase is Phase.PREFILL and not request.num_pending and end % size:
             pool.end_write(request.block_ids[last])

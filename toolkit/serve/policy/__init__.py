@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from toolkit.errors import unknown_name
+from toolkit.serve.policy.attained import (
+    FeedbackQueue,
+    LeastAttainedService,
+    ProgramLeastAttained,
+    QueueConfig,
+    ThreadedLeastAttained,
+)
 from toolkit.serve.policy.base import Policy
 from toolkit.serve.policy.fcfs import FirstComeFirstServed
 from toolkit.serve.policy.mlfq import SkipJoinMLFQ
@@ -10,8 +17,11 @@ from toolkit.serve.policy.priority import StaticPriority
 from toolkit.serve.policy.spf import ShortestPromptFirst
 
 POLICIES: dict[str, type[Policy]] = {
+    "atlas": ThreadedLeastAttained,
     "fcfs": FirstComeFirstServed,
+    "feedback": FeedbackQueue,
     "mlfq": SkipJoinMLFQ,
+    "plas": ProgramLeastAttained,
     "priority": StaticPriority,
     "spf": ShortestPromptFirst,
 }
@@ -30,10 +40,15 @@ def make(name: str) -> Policy:
 
 __all__ = [
     "POLICIES",
+    "FeedbackQueue",
     "FirstComeFirstServed",
+    "LeastAttainedService",
     "Policy",
+    "ProgramLeastAttained",
+    "QueueConfig",
     "ShortestPromptFirst",
     "SkipJoinMLFQ",
     "StaticPriority",
+    "ThreadedLeastAttained",
     "make",
 ]

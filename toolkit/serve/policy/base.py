@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Protocol
+from collections.abc import Collection, Sequence
+from typing import Any, ClassVar
 
+from toolkit.serve.programs.table import Program
 from toolkit.serve.request import Request
 
 # Smaller goes first. Compared with other keys of the same policy only.
 Key = tuple[Any, ...]
-
-
-class Program(Protocol):
-    """What a policy may know of the program a call belongs to; a lone call has None."""
-
-    @property
-    def id(self) -> str: ...
 
 
 class Policy(ABC):
@@ -48,6 +44,44 @@ class Policy(ABC):
     ) -> None:
         """A step that took `seconds` computed `tokens` of the call."""
 
+    def on_admit(  # noqa: B027
+        self, call: Request, program: Program | None, now: float
+    ) -> None:
+        """The call has got a place and blocks, for the first time or again."""
+
+    def on_services(
+        self,
+        call: Request,
+        program: Program | None,
+        took_s: Sequence[float],
+        ends_s: Sequence[float],
+    ) -> None:
+        """Steps that took `took_s` and ended at `ends_s` computed a token each of the call.
+
+        The same as `on_service` step by step, for whoever takes many at once.
+        """
+        if self.hears_service:
+            for seconds, end_s in zip(took_s, ends_s, strict=True):
+                self.on_service(call, program, seconds, 1, end_s)
+
+    def service_left_s(self, call: Request) -> float:
+        """Return how much service the call can get before its key may change by it."""
+        return 0.0 if self.hears_service else math.inf
+
+    def steps_left(self, call: Request) -> float:
+        """Return how many steps of decoding the call can make before its key may change by them."""
+        return math.inf
+
+    @property
+    def hears_service(self) -> bool:
+        """Whether `on_service` does anything."""
+        return type(self).on_service is not Policy.on_service
+
+    @property
+    def preempts(self) -> bool:
+        """Whether `outranks` may ever say so."""
+        return type(self).outranks is not Policy.outranks
+
     def on_complete(  # noqa: B027
         self, call: Request, program: Program | None, now: float
     ) -> None:
@@ -63,3 +97,10 @@ class Policy(ABC):
     def next_change(self, now: float) -> float | None:
         """Return when a waiting call's key next changes without an event, or None for never."""
         return None
+
+    def changed(self, now: float) -> Collection[Request] | None:
+        """Return the waiting calls whose keys time has changed by `now`; None: it may be all."""
+        return None
+
+
+__all__ = ["Key", "Policy", "Program"]

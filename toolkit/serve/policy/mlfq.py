@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -83,6 +84,12 @@ class SkipJoinMLFQ(Policy):
         mine.used_s += seconds
         if mine.used_s >= self._quantum_s(mine.level) and mine.level + 1 < self.num_levels:
             mine.level, mine.used_s = mine.level + 1, 0.0
+
+    def service_left_s(self, call: Request) -> float:
+        mine = self._standings[call.id]
+        if mine.level + 1 >= self.num_levels:
+            return math.inf
+        return 0.0 if mine.waiting_s is not None else self._quantum_s(mine.level) - mine.used_s
 
     def on_complete(self, call: Request, program: Program | None, now: float) -> None:
         self._standings.pop(call.id, None)

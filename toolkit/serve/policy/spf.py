@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 from toolkit.errors import UsageError
@@ -47,6 +49,19 @@ class ShortestPromptFirst(Policy):
         self, call: Request, program: Program | None, seconds: float, tokens: int, now: float
     ) -> None:
         self._waiting.pop(call.id, None)
+
+    def on_services(
+        self,
+        call: Request,
+        program: Program | None,
+        took_s: Sequence[float],
+        ends_s: Sequence[float],
+    ) -> None:
+        self._waiting.pop(call.id, None)
+
+    def service_left_s(self, call: Request) -> float:
+        """Return infinity: once a call computes, only its own prefill moves it."""
+        return math.inf
 
     def on_complete(self, call: Request, program: Program | None, now: float) -> None:
         self._waiting.pop(call.id, None)

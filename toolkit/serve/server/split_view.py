@@ -10,8 +10,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from toolkit.serve.engine import Divided, Engine, StepReport
 from toolkit.serve.request import Phase
-from toolkit.serve.split.controller import Controller, Decision, Predictor
+from toolkit.serve.split.controller import Controller, Decision
 from toolkit.serve.split.engine import DividedEngine
+from toolkit.serve.split.predictor import Predictor
 
 _STEP_S = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),

@@ -12,8 +12,9 @@ from toolkit.serve.bench import report
 from toolkit.serve.bench.sample import Sample
 from toolkit.serve.engine import Engine
 from toolkit.serve.request import Phase
-from toolkit.serve.split.controller import Dynamic, Predictor
+from toolkit.serve.split.controller import Dynamic
 from toolkit.serve.split.engine import DividedEngine
+from toolkit.serve.split.predictor import Predictor
 
 
 def summary(samples: Sequence[Sample], engine: Engine, promise: report.Promise) -> dict[str, Any]:

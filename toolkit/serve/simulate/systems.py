@@ -21,10 +21,10 @@ from toolkit.serve.kv.blocks import BlockPool
 from toolkit.serve.policy import make
 from toolkit.serve.request import Phase
 from toolkit.serve.scheduler import Scheduler, SchedulerConfig
+from toolkit.serve.simulate.engines import PrefillFirstEngine, SplitEngine, UndividedEngine
 from toolkit.serve.split import layouts
 from toolkit.serve.split.controller import Controller, ControllerConfig, Dynamic, Fixed
 from toolkit.serve.split.cost_model import CostModel
-from toolkit.serve.split.engine import DividedEngine
 from toolkit.units import format_bytes
 
 # Of a device's memory what weights and KV cache may take, as vLLM's default.
@@ -99,15 +99,7 @@ class System:
     build: Build
 
 
-class PrefillFirstEngine(Engine):
-    """Computes prompts alone as long as there are any, then decodes: no step holds both."""
-
-    def _schedule(self, now: float) -> Batch:
-        batch = self.scheduler.schedule(now, (Phase.PREFILL,))
-        return batch or self.scheduler.schedule(now, (Phase.DECODE,))
-
-
-def _engine(kind: type[Engine], prefill: str, decode: str = "fcfs") -> Build:
+def _engine(kind: type[UndividedEngine], prefill: str, decode: str = "fcfs") -> Build:
     def build(setup: Setup, clock: VirtualClock) -> Engine:
         scheduler, executor = setup.scheduler(prefill, decode), setup.executor(clock)
         return kind(scheduler, executor, clock, journal=_journal())
@@ -118,7 +110,7 @@ def _engine(kind: type[Engine], prefill: str, decode: str = "fcfs") -> Build:
 def _split(prefill: str, control: Callable[[Setup], Controller]) -> Build:
     def build(setup: Setup, clock: VirtualClock) -> Engine:
         scheduler, executor = setup.scheduler(prefill), setup.executor(clock)
-        return DividedEngine(scheduler, executor, clock, control(setup), journal=_journal())
+        return SplitEngine(scheduler, executor, clock, control(setup), journal=_journal())
 
     return build
 
@@ -159,7 +151,7 @@ def _disaggregated(setup: Setup, clock: VirtualClock) -> Engine:
 
     executor = setup.executor(clock, handover_s)
     controller = Fixed(cost, layout)
-    return DividedEngine(setup.scheduler("fcfs"), executor, clock, controller, journal=_journal())
+    return SplitEngine(setup.scheduler("fcfs"), executor, clock, controller, journal=_journal())
 
 
 SYSTEMS: Mapping[str, System] = {
@@ -168,12 +160,12 @@ SYSTEMS: Mapping[str, System] = {
         System(
             "chunked",
             "undivided, chunked prefill, first come first served (like vLLM)",
-            _engine(Engine, "fcfs"),
+            _engine(UndividedEngine, "fcfs"),
         ),
         System(
             "chunked-spf",
             "undivided, chunked prefill, shortest prompt first",
-            _engine(Engine, "spf"),
+            _engine(UndividedEngine, "spf"),
         ),
         System(
             "prefill-first",
@@ -183,7 +175,7 @@ SYSTEMS: Mapping[str, System] = {
         System(
             "mlfq",
             "undivided, skip-join multi-level feedback queue with preemption (like FastServe)",
-            _engine(Engine, "mlfq", "mlfq"),
+            _engine(UndividedEngine, "mlfq", "mlfq"),
         ),
         System(
             "two-devices",

@@ -39,9 +39,9 @@ from typing import NamedTuple, Protocol
 from toolkit.errors import InfeasibleError, UsageError
 from toolkit.serve.request import Phase
 from toolkit.serve.split import layouts
-from toolkit.serve.split.correction import Correction
-from toolkit.serve.split.cost_model import CostModel, Usage
+from toolkit.serve.split.cost_model import CostModel
 from toolkit.serve.split.layouts import Layout
+from toolkit.serve.split.predictor import Predictor
 from toolkit.serve.split.search import Mode, SearchConfig, greedy, search
 from toolkit.serve.split.weighing import CHUNKS, Seconds, Situation, Weighing
 from toolkit.serve.split.work import Load
@@ -105,6 +105,10 @@ class Controller(Protocol):
         """Return the layout for steps beginning at `now`; `look` gives the situation."""
         ...
 
+    def rests(self, now: float) -> bool:
+        """Return whether `decide` would give the present decision at `now` without looking."""
+        ...
+
     def predict(self, loads: Mapping[Phase, Load], own: Phase | None, share: float) -> float:
         """Return the model's seconds of a step of `own` (None: mixed) on `share`, uncorrected.
 
@@ -148,43 +152,6 @@ class ControllerConfig:
             )
 
 
-class Predictor:
-    """The cost model, and how far it was off for each kind of step."""
-
-    def __init__(self, cost: CostModel, *, weight: float = 0.1) -> None:
-        self.cost = cost
-        self.corrections: dict[Phase | None, Correction] = {
-            kind: Correction(weight=weight) for kind in (Phase.PREFILL, Phase.DECODE, None)
-        }
-        # A chunk of prompt outlasts many steps of decoding: what it takes alone is kept.
-        self._usages: dict[Phase, tuple[Load, float, Usage]] = {}
-
-    def predict(self, loads: Mapping[Phase, Load], own: Phase | None, share: float) -> float:
-        """Return the model's seconds, uncorrected; see `Controller.predict`."""
-        cost = self.cost
-        if own is None:
-            return cost.undivided(loads.get(Phase.PREFILL, Load()), loads.get(Phase.DECODE, Load()))
-        other = Phase.DECODE if own is Phase.PREFILL else Phase.PREFILL
-        usage = self._usage(loads[own], own, share)
-        if share >= 1.0 or not loads.get(other):
-            return usage.seconds
-        return cost.beside(usage, self._usage(loads[other], other, 1.0 - share))
-
-    def _usage(self, load: Load, phase: Phase, share: float) -> Usage:
-        known = self._usages.get(phase)
-        if known is None or known[0] is not load or known[1] != share:
-            known = (load, share, self.cost.alone(load, phase, share))
-            self._usages[phase] = known
-        return known[2]
-
-    def observe(self, own: Phase | None, model_s: float, measured_s: float) -> float:
-        """Take in a step's measured seconds; return those predicted, correction included."""
-        correction = self.corrections[own]
-        predicted_s = correction.apply(model_s)
-        correction.observe(model_s=model_s, measured_s=measured_s)
-        return predicted_s
-
-
 class Fixed(Predictor):
     """Always the same layout: the undivided engine, a static split, or two devices."""
 
@@ -203,6 +170,10 @@ class Fixed(Predictor):
     def decide(self, look: Callable[[], Situation], now: float) -> Decision:
         """Return the layout."""
         return self.decision
+
+    def rests(self, now: float) -> bool:
+        """Always."""
+        return True
 
 
 class Dynamic(Predictor):
@@ -248,11 +219,9 @@ class Dynamic(Predictor):
         Where one phase has nothing to do the layout stays: whoever launches steps gives a phase
         that is alone the whole device anyway.
         """
-        if now - self._looked_s < self.config.interval_s:
+        if self.rests(now):
             return self.decision
         target_s, early = self.config.tbt_target_s, now - self._changed_s < self.config.dwell_s
-        if target_s is None and (early or not self._cuts):
-            return self.decision
         before_s, self._looked_s, situation = self._looked_s, now, look()
         self._forget(now)
         if not (situation.prefill and situation.decode):
@@ -276,6 +245,13 @@ class Dynamic(Predictor):
             self.num_changes += 1
             self.history.append(self.decision)
         return self.decision
+
+    def rests(self, now: float) -> bool:
+        """Return whether it is too early to look again, or to change where that is all there is."""
+        if now - self._looked_s < self.config.interval_s:
+            return True
+        early = now - self._changed_s < self.config.dwell_s
+        return self.config.tbt_target_s is None and (early or not self._cuts)
 
     def _forget(self, now: float) -> None:
         """Let the corrections of steps that are not made drift to those of steps that are.

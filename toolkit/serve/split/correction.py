@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from toolkit.cost.calibration import Errors
 
@@ -13,8 +14,7 @@ _LEAST, _MOST = 0.1, 10.0
 _OUTLIER = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(NamedTuple):
     """One step's seconds, as predicted (corrections included) and as measured."""
 
     predicted_s: float
@@ -46,7 +46,7 @@ class Correction:
         """Take in a step that the model alone said would take `model_s`."""
         if model_s <= 0 or measured_s <= 0:
             return
-        self._pairs.append(Pair(self.apply(model_s), measured_s))
+        self._pairs.append(Pair(self.ratio * model_s, measured_s))
         ratio = min(_MOST, max(_LEAST, measured_s / model_s))
         ratio = min(self.ratio * _OUTLIER, max(self.ratio / _OUTLIER, ratio))
         self.ratio += self.weight * (ratio - self.ratio)
@@ -55,6 +55,17 @@ class Correction:
     def drift(self, ratio: float, part: float) -> None:
         """Move `part` (0 to 1) of the way to `ratio`: what was measured long ago says less."""
         self.ratio += part * (ratio - self.ratio)
+
+    def observe_run(self, model_s: Sequence[float], measured_s: Sequence[float]) -> None:
+        """Take in many steps of some length, one after another."""
+        ratio, weight, note = self.ratio, self.weight, self._pairs.append
+        for one_s, each_s in zip(model_s, measured_s, strict=True):
+            note(Pair(ratio * one_s, each_s))
+            found = min(_MOST, max(_LEAST, each_s / one_s))
+            found = min(ratio * _OUTLIER, max(ratio / _OUTLIER, found))
+            ratio += weight * (found - ratio)
+        self.ratio = ratio
+        self.num_observed += len(model_s)
 
     @property
     def errors(self) -> Errors | None:

@@ -25,7 +25,7 @@ missing to the other.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from toolkit.cost import roofline
@@ -90,7 +90,7 @@ class _Priced(NamedTuple):
     memory: tuple[float, ...]
 
 
-class _Prices(NamedTuple):
+class Prices(NamedTuple):
     """All kernels on a share, and the bytes and launches of a step, which depend on no share."""
 
     kernels: tuple[_Priced, ...]
@@ -132,7 +132,8 @@ class CostModel:
         self.exchange = exchange
         self._calibration = calibration
         self._profiles = profiles or {}
-        self._prices: dict[tuple[Phase | None, float], _Prices] = {}
+        self._prices: dict[tuple[Phase | None, float], Prices] = {}
+        self._known: dict[tuple[Phase | None, float], tuple[Load, Usage]] = {}
         self.bandwidth = bandwidth or (
             device.memory_bandwidth * self._coefficients("matmul", None).memory_efficiency
         )
@@ -145,7 +146,15 @@ class CostModel:
         """
         if not load:
             return NOTHING
-        prices = self._on(phase, share)
+        # A chunk of prompt outlasts many looks of a controller, which asks for the same again.
+        known = self._known.get((phase, share))
+        if known is not None and known[0] is load:
+            return known[1]
+        usage = self._usage(load, self.prices(phase, share))
+        self._known[phase, share] = (load, usage)
+        return usage
+
+    def _usage(self, load: Load, prices: Prices) -> Usage:
         n, t, c, p, d = load.sequences, load.tokens, load.context, load.pairs, load.samples
         attention_s = dense_s = 0.0
         # Written out: this is asked at every step, and several times for a decision.
@@ -177,17 +186,16 @@ class CostModel:
         if not total_s:
             return own.seconds
         idle = other.overhead_s / total_s
-        traffic = [
-            (segment.seconds / total_s, segment.rate) for segment in (other.attention, other.dense)
-        ]
+        attention, dense = other.attention, other.dense
+        part, dense_part = attention.seconds / total_s, dense.seconds / total_s
+        rate, dense_rate, bandwidth = attention.rate, dense.rate, self.bandwidth
         seconds = own.overhead_s
         for segment in (own.attention, own.dense):
             if segment.seconds:
-                kept = idle + sum(
-                    part / max(1.0, (segment.rate + rate) / self.bandwidth)
-                    for part, rate in traffic
-                )
-                seconds += segment.seconds / kept
+                mine = segment.rate
+                kept = part / max(1.0, (mine + rate) / bandwidth)
+                kept += dense_part / max(1.0, (mine + dense_rate) / bandwidth)
+                seconds += segment.seconds / (idle + kept)
         return seconds
 
     def divided(self, prefill: Load, decode: Load, prefill_share: float) -> tuple[float, float]:
@@ -202,15 +210,16 @@ class CostModel:
         seconds = self.beside(attention, prefill)
         return decode.attention.moved_bytes / seconds if seconds else self.bandwidth
 
-    def _on(self, phase: Phase | None, share: float) -> _Prices:
+    def prices(self, phase: Phase | None, share: float) -> Prices:
+        """Return every kernel's price on `share`, with the profile of `phase`."""
         known = self._prices.get((phase, share))
         if known is None:
             known = self._prices[phase, share] = self._priced(phase, share)
         return known
 
-    def _priced(self, phase: Phase | None, share: float) -> _Prices:
+    def _priced(self, phase: Phase | None, share: float) -> Prices:
         kernels, launches_s = [], 0.0
-        light: tuple[float, ...] = astuple(PerCount())
+        light: tuple[float, ...] = PerCount().terms
         moved = {True: PerCount(), False: PerCount()}
         for kernel in self.model.kernels:
             found = self._coefficients(kernel.op_class, phase)
@@ -220,8 +229,8 @@ class CostModel:
             per_flop = roofline.evaluate(flop, self.device, found, share).compute_s
             per_byte = roofline.evaluate(byte, self.device, found, share).memory_s
             is_attention = kernel.op_class == "attention"
-            compute = astuple(kernel.flops.scaled(kernel.count * per_flop))
-            memory = astuple(kernel.moved_bytes.scaled(kernel.count * per_byte))
+            compute = kernel.flops.scaled(kernel.count * per_flop).terms
+            memory = kernel.moved_bytes.scaled(kernel.count * per_byte).terms
             if not is_attention and all(c <= m for c, m in zip(compute, memory, strict=True)):
                 # Bound by memory whatever the load: such kernels are one.
                 light = tuple(a + m for a, m in zip(light, memory, strict=True))
@@ -229,8 +238,8 @@ class CostModel:
                 kernels.append(_Priced(is_attention, compute, memory))
             moved[is_attention] += kernel.moved_bytes.scaled(kernel.count)
             launches_s += kernel.count * found.overhead_s
-        kernels.append(_Priced(False, astuple(PerCount()), light))
-        return _Prices(tuple(kernels), moved[True], moved[False], launches_s)
+        kernels.append(_Priced(False, PerCount().terms, light))
+        return Prices(tuple(kernels), moved[True], moved[False], launches_s)
 
     def _coefficients(self, op_class: OpClass, phase: Phase | None) -> Coefficients:
         if op_class in self._profiles.get(phase, {}):

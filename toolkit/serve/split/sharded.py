@@ -30,7 +30,11 @@ class Exchange:
         >>> Exchange(count=4, latency_s=1.0, seconds_per_token=0.5).seconds(Load.chunk(0, 2))
         8.0
         """
-        return self.count * (self.latency_s + load.tokens * self.seconds_per_token)
+        return self.seconds_of(load.tokens)
+
+    def seconds_of(self, tokens: int) -> float:
+        """Return what the sums of a step of so many tokens take."""
+        return self.count * (self.latency_s + tokens * self.seconds_per_token)
 
 
 def sharded(model: ModelWork, cluster: Cluster) -> tuple[ModelWork, Exchange]:

@@ -10,7 +10,7 @@ tokens of either phase, and the size of the decode batch.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from toolkit.cost.work import OpClass
 from toolkit.serve.batch import Slice
@@ -98,12 +98,20 @@ class PerCount:
     pairs: float = 0.0
     samples: float = 0.0
 
+    @property
+    def terms(self) -> tuple[float, ...]:
+        """The amount per step and per count of each kind, in the order of the fields."""
+        return (
+            *(self.constant, self.sequences, self.tokens),
+            *(self.context, self.pairs, self.samples),
+        )
+
     def scaled(self, factor: float) -> PerCount:
         """Return `factor` times this amount."""
-        return PerCount(*(factor * value for value in astuple(self)))
+        return PerCount(*(factor * value for value in self.terms))
 
     def __add__(self, other: PerCount) -> PerCount:
-        return PerCount(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return PerCount(*(a + b for a, b in zip(self.terms, other.terms, strict=True)))
 
     def at(self, load: Load) -> float:
         """Return the amount for a load.
