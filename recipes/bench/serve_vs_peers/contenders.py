@@ -170,6 +170,8 @@ CONTENDERS: Mapping[str, Contender] = {
         _toolkit("none", "float32"),
         _toolkit("int8", "8 bits"),
         _toolkit("int4", "4 bits"),
+        # Prompts get more of a step: first tokens come sooner, later ones wait longer.
+        _toolkit("int8", "8 bits", "-512", "--step-tokens", "512"),
         # Undivided with the same order of prompts, and with small steps, whose gaps are short too.
         _toolkit("int8", "8 bits", "-spf", "--policy", "spf"),
         _toolkit("int8", "8 bits", "-spf-64", "--policy", "spf", "--step-tokens", "64"),
