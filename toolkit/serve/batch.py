@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from toolkit.serve.request import Phase, Request
+from toolkit.serve.request import FinishReason, Phase, Request
 
 
 class Slice(NamedTuple):
@@ -93,3 +93,17 @@ class StepResult:
 
     token_ids: tuple[int | None, ...]
     details: Mapping[str, Detail] = field(default_factory=dict)
+
+
+class Token(NamedTuple):
+    """A token drawn for a request, and whether the request ended with it.
+
+    `index` counts the request's outputs from 0; `gap_s` is the time since the one before, for the
+    first since arrival.
+    """
+
+    request: Request
+    token_id: int
+    index: int  # type: ignore[assignment]  # a tuple's `index` is of no use here
+    gap_s: float
+    finish_reason: FinishReason | None

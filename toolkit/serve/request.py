@@ -146,6 +146,7 @@ class Request:
     `num_computed` counts the tokens whose KV lies in `block_ids`. `arrival_seq` is given when the
     scheduler first sees the request and is kept through preemption. `priority` is for the policies
     that heed it, smaller first. Requests of another `cache_salt` share no cached prefix with it.
+    `ends_program`: its client says that no call of its program follows.
     `grammar` is the state of `sampling.structured`; `pooled` asks for the mean of the prompt's last
     hidden states, beside which the one token drawn means nothing.
     """
@@ -156,6 +157,7 @@ class Request:
     arrival_s: float = 0.0
     program_id: str | None = None
     thread_id: str | None = None
+    ends_program: bool = False
     priority: int = 0
     cache_salt: str = ""
     grammar: Grammar | None = None

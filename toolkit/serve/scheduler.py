@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple
 
 from toolkit.errors import UsageError
-from toolkit.serve.batch import Batch, Slice
+from toolkit.serve.batch import Batch, Slice, Token
 from toolkit.serve.kv.blocks import BlockPool
 from toolkit.serve.kv.tables import BlockTables
 from toolkit.serve.limits import SchedulerConfig
@@ -21,20 +20,6 @@ from toolkit.serve.queue import WaitingQueue
 from toolkit.serve.request import FinishReason, Phase, Request, Status, TooLongError
 
 BOTH = (Phase.DECODE, Phase.PREFILL)
-
-
-class Token(NamedTuple):
-    """A token drawn for a request, and whether the request ended with it.
-
-    `index` counts the request's outputs from 0; `gap_s` is the time since the one before, for the
-    first since arrival.
-    """
-
-    request: Request
-    token_id: int
-    index: int  # type: ignore[assignment]  # a tuple's `index` is of no use here
-    gap_s: float
-    finish_reason: FinishReason | None
 
 
 class Scheduler:

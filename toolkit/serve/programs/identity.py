@@ -24,6 +24,8 @@ class Carrier:
     path: tuple[str, ...]
     says: str  # "program", "thread", "parent", "end" or "ttl"
     source: str
+    # OpenAI's own fields may hold anything: what is no name in them says nothing.
+    lenient: bool = False
 
     def read(self, headers: Mapping[str, str], body: Mapping[str, Any]) -> object | None:
         """Return what the call says here, or None. Header names are matched in lower case."""
@@ -42,7 +44,7 @@ def _header(name: str, source: str, says: str = "program") -> Carrier:
 
 
 def _field(path: str, source: str, says: str = "program") -> Carrier:
-    return Carrier("field", tuple(path.split(".")), says, source)
+    return Carrier("field", tuple(path.split(".")), says, source, source.startswith("OpenAI"))
 
 
 CARRIERS: tuple[Carrier, ...] = (
@@ -66,6 +68,9 @@ CARRIERS: tuple[Carrier, ...] = (
     _field("user", "OpenAI"),
 )
 
+# What of a body is looked at.
+FIELDS: frozenset[str] = frozenset(each.path[0] for each in CARRIERS if each.kind == "field")
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -85,7 +90,8 @@ class Identity:
 def identify(headers: Mapping[str, str], body: Mapping[str, Any]) -> Identity | None:
     """Return the call's identity, or None where it says nothing.
 
-    Raises UsageError for a name that is no text, is empty, or is too long.
+    Raises UsageError for a name that is no text, is empty, or is too long, but not in OpenAI's own
+    fields.
 
     >>> identify({"X-Session-ID": "agent-7"}, {"user": "ann"})
     Identity(program_id='agent-7', source='routers', thread_id=None, parent_id=None, ends=False, \
@@ -97,7 +103,9 @@ ttl_s=None)
     said: dict[str, tuple[object, Carrier]] = {}
     for carrier in CARRIERS:
         value = carrier.read(lower, body)
-        if value is not None and carrier.says not in said:
+        if value is None or carrier.says in said:
+            continue
+        if not carrier.lenient or _is_name(value):
             said[carrier.says] = (value, carrier)
     if "program" not in said:
         return None
@@ -112,12 +120,19 @@ ttl_s=None)
     )
 
 
+def _is_name(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        return False
+    text = str(value)
+    return 0 < len(text) <= MOST_CHARS and text.isprintable()
+
+
 def _name(value: object, carrier: Carrier) -> str:
     where = f"{carrier.kind} {'.'.join(carrier.path)}"
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise UsageError(f"{where} is {value!r}; a name is text")
     text = str(value)
-    if not text or len(text) > MOST_CHARS or not text.isprintable():
+    if not _is_name(value):
         raise UsageError(
             f"{where} has {len(text)} characters; a name has 1 to {MOST_CHARS}, all printable"
         )

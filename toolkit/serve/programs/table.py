@@ -81,7 +81,7 @@ class Program:
 
     @property
     def state(self) -> State:
-        if any(call.status is Status.RUNNING for call in self.calls.values()):
+        if any(call.status is Status.RUNNING for call in tuple(self.calls.values())):
             return State.RUNNING
         if self.calls:
             return State.WAITING
@@ -136,7 +136,7 @@ class ProcessTable:
             program = self._programs[call.program_id] = Program(call.program_id, now)
             self.num_opened += 1
         self._idle.pop(program.id, None)
-        program.ended = False
+        program.ended = call.ends_program
         program.last_arrival_s = now
         program.num_calls += 1
         program.calls[call.id] = call
@@ -194,23 +194,26 @@ class ProcessTable:
     # -- to be seen ------------------------------------------------------------------------------
 
     def rows(self, now: float) -> list[dict[str, object]]:
-        """Return every open program for people: service, waiting, state, calls, threads."""
+        """Return every open program for people: service, waiting, state, calls, threads.
+
+        Safe to ask from another thread: what changes meanwhile is in it or is not.
+        """
         return [
             {
                 "id": program.id,
                 "state": program.state.value,
                 "age_s": now - program.opened_s,
                 "service_s": program.served_s
-                + sum(call.service_s(now) for call in program.calls.values()),
+                + sum(call.service_s(now) for call in tuple(program.calls.values())),
                 "waiting_s": program.waited_s
-                + sum(call.waiting_s(now) for call in program.calls.values()),
+                + sum(call.waiting_s(now) for call in tuple(program.calls.values())),
                 "critical": program.critical,
                 "num_calls": program.num_calls,
                 "num_open": len(program.calls),
                 "num_threads": len(program.threads),
                 "num_tokens": program.num_tokens,
             }
-            for program in self
+            for program in tuple(self._programs.values())
         ]
 
     def check_integrity(self) -> None:

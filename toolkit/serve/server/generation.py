@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from toolkit.errors import UsageError
+from toolkit.serve.programs.identity import identify
 from toolkit.serve.request import SamplingParams
 from toolkit.serve.server import failures
 from toolkit.serve.server.chat import ChatRequest
@@ -45,7 +46,7 @@ def router(service: Service) -> APIRouter:
             writer = Writer(service.tokenizer, chat=False)
             return Choice(index, writer, echo=echo[index // body.num_choices], shows_output=shown)
 
-        call = await _open(service, request, _ask(body, prompts, COMPLETION))
+        call = await _open(service, request, _ask(body, prompts, COMPLETION, request))
         answer = Answer(COMPLETION, service.model_name, call, choice, shown)
         return await _send(answer, body, request)
 
@@ -65,7 +66,7 @@ def router(service: Service) -> APIRouter:
             writer = Writer(service.tokenizer, chat=True)
             return Choice(index, writer, reader=_reader(service, body))
 
-        call = await _open(service, request, _ask(body, [prompt], CHAT))
+        call = await _open(service, request, _ask(body, [prompt], CHAT, request))
         return await _send(Answer(CHAT, service.model_name, call, choice), body, request)
 
     @routes.post("/v1/embeddings", response_model=Embeddings)
@@ -92,7 +93,7 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def _ask(body: Body, prompts: Sequence[Sequence[int]], shape: Shape) -> Ask:
+def _ask(body: Body, prompts: Sequence[Sequence[int]], shape: Shape, request: Request) -> Ask:
     return Ask(
         prompts,
         body.sampling,
@@ -100,6 +101,7 @@ def _ask(body: Body, prompts: Sequence[Sequence[int]], shape: Shape) -> Ask:
         body.priority or 0,
         body.cache_salt or "",
         prefix=shape.prefix,
+        identity=identify(request.headers, body.said),
     )
 
 

@@ -52,6 +52,13 @@ def router(service: Service) -> APIRouter:
             return failures.no_model(name, service.model_name)
         return JSONResponse(_model(name, created, context))
 
+    @routes.get("/v1/programs", responses=errors(401))
+    async def programs() -> dict[str, Any]:
+        """List the open programs: what each was given, how long it waited, what it is doing."""
+        engine = service.engine
+        rows = engine.scheduler.programs.rows(engine.clock.now())
+        return {"object": "list", "data": rows}
+
     @routes.post("/tokenize", response_model=Tokens, responses=errors(400, 401, 404, 413))
     async def tokenize(body: TokenizeRequest) -> Response:
         """Return the tokens of a text or a conversation."""

@@ -9,10 +9,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from toolkit.errors import unknown_name
+from toolkit.serve.programs.identity import FIELDS
 from toolkit.serve.request import SamplingParams
 from toolkit.serve.server.constraints import Constrained
 
@@ -48,15 +57,12 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (None,),
     "use_beam_search": (None, False),
 }
-# These name the caller or a preference of hosting; no token depends on them.
-_IDENTITY = (
-    "metadata",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "request_id",
-    "safety_identifier",
-    "service_tier",
-    "user",
+# These name the caller, its program (`programs.identity`) or a preference of hosting; no token
+# depends on them.
+_IDENTITY = tuple(
+    sorted(
+        FIELDS | {"prompt_cache_retention", "request_id", "safety_identifier", "service_tier"},
+    )
 )
 _MAX_CHOICES = 16
 _INT64 = 2**63
@@ -101,6 +107,16 @@ class Body(Constrained):
     priority: int | None = Field(None, ge=-_INT64, lt=_INT64)
     cache_salt: str | None = Field(None, min_length=1)
 
+    _said: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _note_the_caller(cls, data: Any, handler: ModelWrapValidatorHandler[Body]) -> Body:
+        made = handler(data)
+        if isinstance(data, dict):
+            made._said = {name: data[name] for name in FIELDS if name in data}
+        return made
+
     @model_validator(mode="before")
     @classmethod
     def _refuse_what_is_not_supported(cls, data: Any) -> Any:
@@ -144,6 +160,11 @@ class Body(Constrained):
             raise invalid("min_tokens", f"min_tokens is above the limit of {limit} tokens")
         self.structured()
         return self
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What the body says of the program that its call belongs to."""
+        return self._said
 
     @property
     def num_choices(self) -> int:

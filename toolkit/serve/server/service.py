@@ -14,6 +14,7 @@ from toolkit import log
 from toolkit.serve.engine import Engine, Output, StepReport
 from toolkit.serve.grammar import Grammars
 from toolkit.serve.model.tokenizer import Tokenizer
+from toolkit.serve.programs.identity import Identity
 from toolkit.serve.request import Request, SamplingParams, check_ids
 from toolkit.serve.server.live import Live
 from toolkit.serve.server.metrics import Metrics
@@ -45,7 +46,7 @@ class Ask:
     """What one HTTP request wants generated: `num` choices of each prompt.
 
     `sampling(i)` says how the i-th choice is drawn. `pooled` asks for embeddings instead. `prefix`
-    begins the answer's id.
+    begins the answer's id, and `identity` names the program that asks.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -55,6 +56,7 @@ class Ask:
     cache_salt: str = ""
     pooled: bool = False
     prefix: str = "cmpl"
+    identity: Identity | None = None
 
 
 class Call:
@@ -180,6 +182,10 @@ class Service:
                     cache_salt=ask.cache_salt,
                     pooled=ask.pooled,
                 )
+                if ask.identity is not None:
+                    request.program_id = ask.identity.program_id
+                    request.thread_id = ask.identity.thread_id
+                    request.ends_program = ask.identity.ends
                 if params.structured is not None:
                     # Compiling may take a while: others are served meanwhile.
                     matcher = await asyncio.wrap_future(self.grammars.submit(params.structured))
