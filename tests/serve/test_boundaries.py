@@ -20,12 +20,19 @@ PURE = sorted(
         ),
         HERE / "scheduler.py",
         HERE / "executor" / "base.py",
-        HERE / "executor" / "simulated.py",
         *(HERE / "kv").glob("*.py"),
         *(HERE / "policy").glob("*.py"),
-        *(HERE / "simulate").glob("*.py"),
+        *(HERE / "programs").glob("*.py"),
         # Reading a graph is ir's, which needs torch; everything after it does not.
-        *(path for path in (HERE / "split").glob("*.py") if path.stem != "traced"),
+        *(path for path in (HERE / "split").glob("*.py") if path.stem not in ("traced", "along")),
+    ]
+)
+# The simulator prices many steps at once, as arrays.
+SIMULATED = sorted(
+    [
+        HERE / "executor" / "simulated.py",
+        HERE / "split" / "along.py",
+        *(HERE / "simulate").glob("*.py"),
     ]
 )
 TIMED = {"time", "datetime", "asyncio", "threading", "sched", "signal"}
@@ -36,19 +43,26 @@ def _module(path: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
-def test_bookkeeping_brings_no_torch() -> None:
-    names = [_module(path) for path in PURE]
+@pytest.mark.parametrize(
+    ("paths", "without"),
+    [
+        (PURE, {"torch", "transformers", "fastapi", "numpy"}),
+        (SIMULATED, {"torch", "transformers", "fastapi"}),
+    ],
+)
+def test_bookkeeping_brings_no_torch(paths: list[Path], without: set[str]) -> None:
+    names = [_module(path) for path in paths]
     code = (
         "import importlib, sys\n"
         f"for name in {names}: importlib.import_module(name)\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'fastapi'} & set(sys.modules)\n"
+        f"heavy = {without} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("path", PURE, ids=_module)
+@pytest.mark.parametrize("path", PURE + SIMULATED, ids=_module)
 def test_bookkeeping_reads_no_clock(path: Path) -> None:
     imported = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
