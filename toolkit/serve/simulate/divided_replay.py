@@ -163,7 +163,7 @@ class _Playback:
         raise DivergedError(f"{turn.ended} ended, and {list(map(pieces, self._flying))} fly")
 
     def run(self, batch: Batch) -> StepResult:
-        raise NotImplementedError
+        raise AssertionError("a divided engine begins its steps and waits for them")
 
     def successor(self) -> _Playback:
         return _Playback()
